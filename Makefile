@@ -1,0 +1,93 @@
+# `make tables` and `make test` do everything from a fresh clone; `make help` lists the rest.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON  ?= python3
+PROFILE ?= quick
+TABLES  ?= 1 2 3 4 5 6 7 8 9
+VENV    := .venv
+BIN     := $(VENV)/bin
+PY      := $(BIN)/python
+READY   := $(VENV)/.ready
+export MATPLOTLIBRC := $(CURDIR)/nbs/matplotlibrc
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+## ---- installation ----------------------------------------------------------------------------
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "rab_nb needs Python >= 3.11, but there is no '$(PYTHON)'; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rab_nb needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name a newer one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -f README.md || { echo "README.md is missing: it is part of the package's metadata" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(READY) ## create .venv and install the package with everything it needs
+
+## ---- tables ----------------------------------------------------------------------------------
+modules = $(filter-out rab_nb/_modidx.py rab_nb/__init__.py $(1:%=rab_nb/%.py),$(wildcard rab_nb/*.py)) rab_nb/paper.csv
+STAMPS := $(TABLES:%=.stamps/$(PROFILE)/table%)
+known  := $(filter $(TABLES),1 2 3 4 5 6 7 8 9)
+ifneq ($(words $(known)),$(words $(TABLES)))
+$(error TABLES="$(TABLES)": the paper has tables 1 2 3 4 5 6 7 8 9; choose from these, for example TABLES="1 9")
+endif
+ifeq ($(wildcard nbs/experiments/profiles/$(PROFILE).yaml),)
+$(error PROFILE=$(PROFILE) is unknown; choose one of: $(basename $(notdir $(wildcard nbs/experiments/profiles/*.yaml))))
+endif
+
+tables: $(STAMPS) .stamps/$(PROFILE)/report ## regenerate the paper's tables [PROFILE=quick|cpu|paper] [TABLES="1 9"]
+	@$(PY) -m rab_nb.tables where $(PROFILE) $(TABLES)
+
+.stamps/$(PROFILE)/report: $(STAMPS)
+	@$(PY) -m rab_nb.tables report
+	@touch $@
+
+dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,knn)
+knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,models ensemble dp)
+make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.tables make $(@F:table%=%) $(PROFILE) && touch $@
+
+$(addprefix .stamps/$(PROFILE)/table,1 2 3 4 5 6): $(dnn_needs) | $(READY)
+	$(make_table)
+$(addprefix .stamps/$(PROFILE)/table,7 8 9): $(knn_needs) | $(READY)
+	$(make_table)
+
+## ---- tests -----------------------------------------------------------------------------------
+test: $(READY) ## notebooks as tests, then pytest
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	pytest -q
+
+test-slow: $(READY) ## the Monte Carlo and real-data checks (minutes; real data where RAB_DATA is set)
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --flags slow --file_re '^\d\d'
+	pytest -q -m slow
+
+test-faults: $(READY) ## kill workers, corrupt files, fill disks: every run must survive
+	pytest -q -s -m faults tests/test_faults.py
+
+check: $(READY) ## notebooks clean, modules and README in step with them
+	rm -f rab_nb/*.py && nbdev_export && nbdev_clean && $(MAKE) -s readme
+	@test -z "$$(git status --porcelain rab_nb nbs README.md)" || { git status --porcelain rab_nb nbs README.md; \
+	  echo 'notebooks, modules or README differ from what is committed: run `make export readme`, then commit' >&2; exit 1; }
+
+## ---- notebooks and documentation -------------------------------------------------------------
+NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb nbs/index.ipynb nbs/tutorials/*.ipynb)
+
+export: $(READY) ## notebooks -> rab_nb/
+	nbdev_export && nbdev_clean
+
+run-nbs: $(READY) ## execute every notebook in place and save its outputs
+	$(PY) -W ignore docs/notebooks.py $(NOTEBOOKS)
+
+readme: $(READY) ## nbs/index.ipynb -> README.md
+	@$(PY) -W ignore docs/readme.py
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	jupyter lab nbs
+
+clean: ## remove the environment and every derived file, but not results/ and not the run store
+	rm -rf $(VENV) .stamps _proc _site build dist *.egg-info
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install tables test test-slow test-faults check export run-nbs readme lab clean help
