@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOUNDS', 'check_outputs', 'check_alpha', 'moments', 'hoeffding_moments', 'hoeffding', 'empirical_bernstein_moments',
            'empirical_bernstein', 'stakes', 'capital', 'betting_lower', 'betting', 'clopper_pearson_hits',
-           'clopper_pearson', 'bound_named', 'models_needed']
+           'clopper_pearson', 'bound_named', 'unanimous_lower', 'models_needed']
 
 # %% ../nbs/02_bounds.ipynb #748d12b1
 import numpy as np
@@ -144,19 +144,27 @@ def bound_named(name: str # a key of BOUNDS
     if name not in BOUNDS: raise ValueError(f'unknown bound {name!r}; choose one of {sorted(BOUNDS)}')
     return BOUNDS[name]
 
-# %% ../nbs/02_bounds.ipynb #2d6c8fab
+# %% ../nbs/02_bounds.ipynb #74b0b799
+def unanimous_lower(bound: str, # a key of BOUNDS
+                    n: int, # number of models
+                    alpha: float # probability that the bound fails
+                   ) -> float: # the largest lower bound that n models can give
+    "Lower bound when every model's output is 1."
+    if n == 1 and bound == 'empirical_bernstein': return 0.
+    return float(bound_named(bound)(np.ones(n), alpha)[0])
+
+# %% ../nbs/02_bounds.ipynb #7ad245ab
 def models_needed(bound: str, # a key of BOUNDS
                   alpha: float, # probability that the bound fails
                   p: float = .5 # probability to be exceeded, in [0, 1)
                  ) -> int: # number of models
     "The fewest models that exceed `p` with the lower bound when they are unanimous."
     if not 0 <= p < 1: raise ValueError(f'p must lie in [0, 1), got {p!r}: no number of models proves certainty')
-    enough = lambda n: (n > 1 or bound != 'empirical_bernstein') and bound_named(bound)(np.ones(n), alpha)[0] > p
     few, many = 0, 1
-    while not enough(many):
+    while unanimous_lower(bound, many, alpha) <= p:
         few, many = many, 2*many
-        if many > 2**26: raise ValueError(f'{bound} at alpha = {alpha!r} would need more than {few} unanimous models to exceed {p!r}')
+        if many > 2**26: raise ValueError(f'{bound} at alpha = {alpha!r} needs more than {few} unanimous models to exceed {p!r}')
     while many - few > 1:
         middle = (few + many) // 2
-        few, many = (few, middle) if enough(middle) else (middle, many)
+        few, many = (few, middle) if unanimous_lower(bound, middle, alpha) > p else (middle, many)
     return many
