@@ -115,14 +115,14 @@ def stacked_layer(layer: nn.Module # a layer with parameters or buffers of its o
     if type(layer) is nn.GroupNorm and layer.affine: return StackedGroupNorm(layer)
     return None
 
-# %% ../nbs/13_stacked.ipynb #54108bf1
-def _views(flat, shapes):
+# %% ../nbs/13_stacked.ipynb #a03c0cb3
+def _views(flat, shapes, m):
     views, start = {}, 0
     for name, shape in shapes.items():
-        n = torch.Size(shape).numel()
-        part = flat[:, start:start + n]
+        n = m * torch.Size(shape).numel()
+        part = flat[start:start + n]
         o, c, *k = shape if len(shape) == 4 else (0, 0)
-        views[name] = part.view(-1, o, *k, c).permute(0, 1, 4, 2, 3) if k else part.view(-1, *shape)
+        views[name] = part.view(m, o, *k, c).permute(0, 1, 4, 2, 3) if k else part.view(m, *shape)
         start += n
     return views
 
@@ -139,7 +139,7 @@ def fold(module: nn.Module # changed in place
             parent._modules[name] = new[child]
     return all(isinstance(m, _Stacked) or not (m._parameters or m._buffers) for m in module.modules())
 
-# %% ../nbs/13_stacked.ipynb #284b9db5
+# %% ../nbs/13_stacked.ipynb #d4defcce
 def _attach(module, name, tensor, kind):
     "Set a parameter or buffer by its dotted name."
     path, _, leaf = name.rpartition('.')
@@ -148,8 +148,8 @@ def _attach(module, name, tensor, kind):
     getattr(owner, kind)[leaf] = tensor
 
 def _leaves(stack, start, trained):
-    "Parameters with the model axis: views of the flat matrix where trained, copies where frozen."
-    views, grads = _views(stack.flat, trained), _views(stack.flat.grad, trained)
+    "Parameters with the model axis: views of the flat vector where trained, copies where frozen."
+    views, grads = _views(stack.flat, trained, stack.n_models), _views(stack.flat.grad, trained, stack.n_models)
     for name, value in start.items():
         if name in views: views[name].copy_(value.expand(views[name].shape))
         value = views[name] if name in views else value.expand(stack.n_models, *value.shape).clone()
@@ -157,9 +157,9 @@ def _leaves(stack, start, trained):
         if name in views: leaf.grad = grads[name][0] if stack.mode == 'plain' else grads[name]
         yield name, leaf
 
-# %% ../nbs/13_stacked.ipynb #791082bf
+# %% ../nbs/13_stacked.ipynb #7de1d969
 class Stack:
-    "M copies of a module with weights (M, ...) on one flat matrix; called on (M, B, ...), it returns (M, B, outputs)."
+    "M copies of a module with weights (M, ...) on one flat vector; called on (M, B, ...), it returns (M, B, outputs)."
     def __init__(self, module: nn.Module, # the network; its parameters are every model's initialisation
                  n_models: int = 1, # M
                  device='cpu', # of weights and inputs
@@ -170,7 +170,7 @@ class Stack:
         if self.mode == 'vmap': self.module = original
         parameters = dict(original.named_parameters())
         trained = {k: p.shape for k, p in parameters.items() if p.requires_grad}
-        self.flat = torch.zeros(n_models, sum(s.numel() for s in trained.values()), device=device)
+        self.flat = torch.zeros(n_models * sum(s.numel() for s in trained.values()), device=device)
         self.flat.grad = torch.zeros_like(self.flat)
         with torch.no_grad(): self.weights = dict(_leaves(self, {k: p.detach() for k, p in parameters.items()}, trained))
         self.buffers = {k: b if self.mode == 'plain' else b.expand(n_models, *b.shape).clone() for k, b in original.named_buffers()}
