@@ -1,0 +1,262 @@
+"Bounds and certificates: coverage by enumeration and simulation, properties, files."
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from rab_nb import bounds
+from rab_nb.certificate import Certificate, VoteStatistics, certify, certify_statistics, exact_certificate
+from rab_nb.metrics import abstention_rate, certified_accuracy, certified_rate, prediction_accuracy
+from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, rng
+
+DRAWS = 20_000
+LAWS = {'votes 0.5': (.5, lambda g, s: (g.random(s) < .5).astype(float)),
+        'votes 0.9': (.9, lambda g, s: (g.random(s) < .9).astype(float)),
+        'votes 0.98': (.98, lambda g, s: (g.random(s) < .98).astype(float)),
+        'votes 0.999': (.999, lambda g, s: (g.random(s) < .999).astype(float)),
+        'uniform': (.5, lambda g, s: g.random(s)),
+        'soft 0.79': (.79, lambda g, s: g.beta(.79*7, .21*7, s)),
+        'sure or not': (.94, lambda g, s: np.where(g.random(s) < .9, 1., .4)),
+        'skewed': (.02, lambda g, s: g.beta(.02, .98, s))}
+
+
+def normal(x, alpha):
+    margin = stats.norm.isf(alpha)*x.std(0, ddof=1)/np.sqrt(len(x))
+    return x.mean(0) - margin, x.mean(0) + margin
+
+
+def allowed(alpha):
+    return alpha + 4*np.sqrt(alpha*(1 - alpha)/DRAWS)
+
+
+def misses(bound, law, n, alpha):
+    p, draw = LAWS[law]
+    low, high = bound(draw(rng(0, law, n), (n, DRAWS)), alpha)
+    return (low > p).mean(), (high < p).mean()
+
+
+def applicable(name, law):
+    return name != 'clopper_pearson' or law.startswith('votes')
+
+
+# Coverage ---------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize('alpha, n', [(.05, 20), (.05, 100), (.001, 100), (.05, 1000)])
+@pytest.mark.parametrize('name', bounds.BOUNDS)
+def test_simulated_coverage(name, alpha, n):
+    "Each side of each bound is wrong at most as often as it says: 20,000 ensembles for each law and size."
+    worst = {law: max(misses(bounds.BOUNDS[name], law, n, alpha)) for law in LAWS if applicable(name, law)}
+    assert max(worst.values()) <= allowed(alpha), worst
+
+
+@pytest.mark.parametrize('alpha, n', [(.05, 100), (.01, 1000)])
+def test_the_coverage_test_can_fail(alpha, n):
+    "The textbook interval breaks the promise on votes near certainty, and the count shows it."
+    assert max(misses(normal, 'votes 0.999', n, alpha)) > 2*allowed(alpha)
+
+
+@pytest.mark.parametrize('n', [5, 40, 300])
+@pytest.mark.parametrize('alpha', [.1, .001])
+@pytest.mark.parametrize('name', ['hoeffding', 'empirical_bernstein', 'clopper_pearson'])
+def test_exact_coverage_for_votes(name, n, alpha):
+    "For votes the chance of a miss is a finite sum over the counts: no simulation, no tolerance."
+    k, p = np.arange(n + 1), np.linspace(.001, .999, 499)[:, None]
+    votes = (np.arange(n)[:, None] < k).astype(float)
+    low, high = bounds.BOUNDS[name](votes, alpha)
+    law = stats.binom.pmf(k, n, p)
+    assert ((law*(low > p)).sum(1) <= alpha*(1 + 1e-9)).all()
+    assert ((law*(high < p)).sum(1) <= alpha*(1 + 1e-9)).all()
+
+
+def test_clopper_pearson_is_not_loose():
+    "At the p where a count becomes just possible the miss probability is alpha itself."
+    n, alpha = 60, .01
+    for k in (1, 30, 59, 60):
+        low = bounds.clopper_pearson_hits(n, k, alpha)[0]
+        assert stats.binom.sf(k - 1, n, low) == pytest.approx(alpha, rel=1e-9)
+
+
+@pytest.mark.parametrize('n_classes', [2, 3, 10])
+@pytest.mark.parametrize('bound', ['clopper_pearson', 'betting'])
+def test_simultaneous_statement_holds_without_signal(n_classes, bound):
+    "The class is chosen on the same outputs; all its bounds still hold together with probability 1 - alpha."
+    alpha, n, draws = .05, 120, 3000
+    votes = rng(0, 'classes', n_classes).integers(n_classes, size=(n, draws))
+    p = (votes[..., None] == np.arange(n_classes)).astype(float)
+    cert = certify(p, GaussianNoise(1.), alpha, bound, 'hard')
+    wrong = (cert.p_a > 1/n_classes) | (cert.p_b < 1/n_classes)
+    assert wrong.mean() <= alpha + 4*np.sqrt(alpha*(1 - alpha)/draws)
+
+
+@pytest.mark.parametrize('simultaneous, kept', [(True, True), (False, False)])
+def test_only_the_corrected_certificates_of_a_tie_are_rare_enough(simultaneous, kept):
+    "Two equal classes: every certificate is false, and alpha is promised."
+    alpha, n, draws = .05, 1001, DRAWS
+    ones = rng(0, 'tie').binomial(n, .5, draws)
+    counts = np.stack([n - ones, ones], 1)
+    cert = certify_statistics(VoteStatistics(n, counts/n, counts/n, counts), GaussianNoise(1.), alpha, 'clopper_pearson', 'hard', simultaneous)
+    assert ((1 - abstention_rate(cert)) <= allowed(alpha)) == kept
+
+
+def test_familywise_holds_for_all_points_together():
+    "With 25 hopeless points almost every experiment certifies one falsely, unless alpha is shared."
+    alpha, n, points, draws = .05, 301, 25, 800
+    ones = rng(0, 'family').binomial(n, .5, (draws, points))
+    any_false = {True: 0, False: 0}
+    for row in ones:
+        counts = np.stack([n - row, row], 1)
+        for familywise in any_false:
+            cert = certify_statistics(VoteStatistics(n, counts/n, counts/n, counts), GaussianNoise(1.), alpha, 'clopper_pearson', 'hard', familywise=familywise)
+            any_false[familywise] += (cert.prediction >= 0).any()
+    assert any_false[True]/draws <= alpha + 4*np.sqrt(alpha*(1 - alpha)/draws)
+    assert any_false[False]/draws > .4
+
+
+@pytest.mark.parametrize('bound', bounds.BOUNDS)
+def test_certified_radius_stays_below_the_true_one(bound):
+    "A half-space of the noise is the worst classifier of Proposition 2: its vote flips at a known total norm."
+    sigma, flip, alpha, n, draws = .5, .45, .05, 200, 5000
+    votes = (rng(0, 'half-space').normal(0, sigma, (n, draws)) < flip).astype(float)
+    cert = certify(np.stack([1 - votes, votes], -1), GaussianNoise(sigma), alpha, bound, 'hard')
+    assert (cert.radius > flip).mean() <= alpha + 4*np.sqrt(alpha*(1 - alpha)/draws)
+    assert np.median(cert.radius) > .4*flip
+
+
+# Properties -------------------------------------------------------------------------------------
+
+outputs = arrays(np.float64, st.tuples(st.integers(2, 40), st.integers(1, 4)), elements=st.floats(0, 1))
+levels = st.floats(1e-9, .5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(outputs, levels)
+def test_bounds_enclose_the_mean_and_shrink_with_alpha(x, alpha):
+    for name, bound in bounds.BOUNDS.items():
+        y = np.round(x) if name == 'clopper_pearson' else x
+        low, high = bound(y, alpha)
+        wider_low, wider_high = bound(y, alpha/10)
+        assert (0 <= low).all() and (high <= 1).all() and low.shape == y.shape[1:]
+        assert (low <= y.mean(0) + 1e-12).all() and (y.mean(0) - 1e-12 <= high).all()
+        if name != 'betting':
+            assert (wider_low <= low + 1e-12).all() and (high <= wider_high + 1e-12).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(outputs, levels)
+def test_bounds_mirror(x, alpha):
+    "The upper bound of X is one minus the lower bound of 1 - X."
+    for name, bound in bounds.BOUNDS.items():
+        y = np.round(x) if name == 'clopper_pearson' else x
+        np.testing.assert_allclose(bound(1 - y, alpha)[0], 1 - bound(y, alpha)[1], atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(1, 39))
+def test_shards_add_up(seed, n_classes, cut):
+    "Certificates from merged shards are those from all outputs at once, and the order of models is free."
+    p = np.random.default_rng(seed).dirichlet(np.ones(n_classes), (40, 6)).astype(np.float32)
+    shuffled = p[np.random.default_rng(seed + 1).permutation(40)]
+    parts = VoteStatistics.from_probabilities(shuffled[:cut]).merge(VoteStatistics.from_probabilities(shuffled[cut:]))
+    for bound, votes in (('hoeffding', 'soft'), ('empirical_bernstein', 'hard'), ('clopper_pearson', 'hard')):
+        whole, merged = certify(p, GaussianNoise(1.), .5, bound, votes), certify_statistics(parts, GaussianNoise(1.), .5, bound, votes)
+        np.testing.assert_array_equal(whole.prediction, merged.prediction)
+        np.testing.assert_allclose(whole.radius, merged.radius, atol=1e-9)
+
+
+def test_models_needed_is_the_least_number():
+    for name in bounds.BOUNDS:
+        for alpha, p in ((.05, .5), (.001, .5), (.001, .9)):
+            n = bounds.models_needed(name, alpha, p)
+            assert bounds.unanimous_lower(name, n, alpha) > p >= bounds.unanimous_lower(name, n - 1, alpha)
+
+
+def test_errors_name_the_value_and_the_remedy():
+    p = np.tile([[.1, .9]], (50, 1, 1))
+    noise = GaussianNoise(1.)
+    for change, words in ((dict(alpha=1.), '1.0'), (dict(alpha=float('nan')), 'nan'), (dict(bound='wald'), 'hoeffding'), (dict(votes='loud'), 'hard'),
+                          (dict(alpha=1e-30), 'models are needed'), (dict(bound='clopper_pearson'), "votes='hard'")):
+        with pytest.raises(ValueError, match=words): certify(p, noise, **change)
+    for bad, words in ((p[:1], 'models are needed'), (p*1.05, 'sum to 1.05'), (p[0], r'\(1, 2\)'), (p[..., :1], r'\(50, 1, 1\)'), (p[:, :0], r'\(50, 0, 2\)'),
+                       (np.where(p == .9, np.nan, p), 'nan'), (p*10, '9.0'), (p - .5, '-0.4')):
+        with pytest.raises(ValueError, match=words): certify(bad, noise)
+
+
+def test_a_zero_radius_and_a_tie():
+    p = np.full((100, 2, 2), .5)
+    cert = certify(p, GaussianNoise(1.))
+    assert (cert.prediction == -1).all() and (cert.radius == 0).all() and not cert.covers(1, 0.).any()
+    exact = exact_certificate([0], [.5], [.5], GaussianNoise(1.))
+    assert exact.prediction[0] == -1 and exact.radius[0] == 0
+
+
+# Files ------------------------------------------------------------------------------------------
+
+number, unit = st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 1)
+noises = st.one_of(st.floats(1e-300, 1e300).map(GaussianNoise), st.floats(1e-3, 1e3).map(LaplaceNoise),
+                   st.tuples(st.floats(-10, 0), st.floats(.1, 10)).map(lambda ends: UniformNoise(*ends)))
+
+
+@st.composite
+def certificates(draw):
+    n = draw(st.integers(1, 6))
+    column = lambda elements: np.array(draw(st.lists(elements, min_size=n, max_size=n)))
+    return Certificate(prediction=column(st.integers(-1, 2**62)).astype(np.int64), radius=column(number), p_a=column(unit), p_b=column(unit),
+                       log_q_a=column(number) if draw(st.booleans()) else None, log_p_b=column(number) if draw(st.booleans()) else None,
+                       alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])), votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
+                       noise=draw(noises), n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()),
+                       radius_arguments=draw(st.dictionaries(st.sampled_from(['d', 'n_poisoned']), st.integers(1, 10**6))))
+
+
+@settings(max_examples=150, deadline=None)
+@given(certificates())
+def test_csv_round_trip_is_exact(tmp_path_factory, cert):
+    path = tmp_path_factory.mktemp('csv')/'certificate.csv'
+    cert.to_csv(path)
+    back = Certificate.from_csv(path)
+    assert back == cert
+    assert back.radius.tobytes() == cert.radius.tobytes() or np.isnan(cert.radius).any()
+    back.to_csv(path)
+    assert Certificate.from_csv(path) == cert
+
+
+def test_csv_that_is_no_certificate(tmp_path):
+    cert = certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.))
+    path = tmp_path/'c.csv'
+    for text, words in (('', 'missing'), ('prediction,radius\n0,1\n', 'p_a'), ('\n\n\n', 'missing')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
+    cert.to_csv(path)
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[1].replace('hoeffding', 'betting') + '\n')
+    with pytest.raises(ValueError, match='mixes'): Certificate.from_csv(path)
+    path.write_text(text.replace('GaussianNoise(sigma=1.0)', '__import__("os")'))
+    with pytest.raises(ValueError, match='repr of a noise'): Certificate.from_csv(path)
+
+
+# Scores -----------------------------------------------------------------------------------------
+
+def test_metrics_against_a_loop():
+    g = rng(0, 'metrics')
+    prediction, y, radius = g.integers(-1, 3, 200), g.integers(0, 3, 200), np.round(g.random(200)*2, 1)
+    base = exact_certificate(np.ones(200, int), np.full(200, .9), np.full(200, .1), GaussianNoise(1.))
+    cert = replace(base, prediction=prediction, radius=np.where(prediction < 0, 0, radius))
+    for r in (0., .5, 1.):
+        points = list(zip(cert.prediction, y, cert.radius))
+        assert certified_rate(cert, r) == sum(ri > r for _, _, ri in points)/200
+        assert certified_accuracy(cert, y, r) == sum(c == yi and ri > r for c, yi, ri in points)/200
+    assert prediction_accuracy(cert, y) == sum(c == yi for c, yi, _ in points)/200
+
+
+@pytest.mark.slow
+def test_betting_is_fast_enough():
+    "At most a second of processor time for 1000 points and 1000 models, both sides."
+    x = rng(0, 'time').beta(6, 2, (1000, 1000))
+    bounds.betting(x[:, :64], .001)
+    start = time.process_time()
+    bounds.betting(x, .001)
+    assert time.process_time() - start < 1
