@@ -18,7 +18,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "rab_nb needs Python >= 3.11, but there is no '$(PYTHON)'; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rab_nb needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name a newer one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -f README.md || { echo "README.md is missing: it is part of the package's metadata" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -1,0 +1,60 @@
+"The package builds as wheel and sdist and imports where only the core libraries are."
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    source = tmp_path_factory.mktemp('source')
+    files = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', cwd=ROOT).split('\n')
+    for name in filter(None, files):
+        if name.startswith(('rab_nb/', 'setup', 'settings', 'pyproject', 'MANIFEST', 'README', 'LICENSE', 'CITATION', 'constraints')):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, '-m', 'build', '--outdir', source / 'dist', source)
+    return source / 'dist'
+
+
+def test_wheel_holds_modules_and_numbers(built):
+    [wheel] = built.glob('*.whl')
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f'rab_nb/{path.name}' for path in (ROOT / 'rab_nb').iterdir() if path.suffix in ('.py', '.csv')}
+    assert modules <= names
+    assert not {name for name in names if name.startswith(('nbs', 'tests', 'results'))}
+
+
+def test_sdist_installs_and_every_module_imports(built, tmp_path):
+    [sdist] = built.glob('*.tar.gz')
+    venv.create(tmp_path / 'env', with_pip=True, system_site_packages=False)
+    python = tmp_path / 'env/bin/python'
+    run(python, '-m', 'pip', 'install', '--quiet', '--no-deps', sdist)
+    site = run(sys.executable, '-c', 'import numpy, pathlib; print(pathlib.Path(numpy.__file__).parent.parent)').strip()
+    script = f'''
+import importlib, pathlib, sys
+sys.path.append({site!r})
+blocked = {{'nbdev', 'fastcore', 'papermill', 'opacus', 'dask', 'distributed', 'torchvision', 'yaml'}}
+class Block:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] in blocked: raise ImportError(name + ' is absent on a bare node')
+sys.meta_path.insert(0, Block())
+import rab_nb
+folder = pathlib.Path(rab_nb.__file__).parent
+assert 'env' in str(folder), folder
+for path in sorted(folder.glob('[a-z]*.py')):
+    importlib.import_module('rab_nb.' + path.stem); print(path.stem)
+'''
+    printed = run(python, '-c', script, cwd=tmp_path)
+    assert 'ensemble' in printed and 'runs' in printed

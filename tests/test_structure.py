@@ -1,0 +1,103 @@
+"The layout's promises: import order, notebook hygiene, profiles and commands that exist."
+import ast
+import json
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in path.parts[len(ROOT.parts):]))
+EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == 'experiments']
+CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
+
+
+def cells(path, kind='code'):
+    return [''.join(cell['source']) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == kind]
+
+
+def module_numbers():
+    numbers = {}
+    for path in NOTEBOOKS:
+        if match := re.match(r'(\d+[a-z]?)_\w+\.ipynb', path.name):
+            for source in cells(path):
+                if name := re.search(r'^#\s*\|\s*default_exp\s+(\w+)', source, re.M):
+                    numbers[name[1]] = min(match[1], numbers.get(name[1], match[1]))
+    return numbers
+
+
+def imported_at_top(tree):
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def imported_modules(tree):
+    "rab_nb modules named anywhere in the file, in functions too"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'rab_nb':
+            parts = node.module.split('.')
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split('.')[1] for alias in node.names if alias.name.startswith('rab_nb.'))
+
+
+MODULES = sorted(path for path in (ROOT / 'rab_nb').glob('*.py') if path.stem not in ('__init__', '_modidx'))
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: path.stem)
+def test_imports_only_lower_numbers(path):
+    numbers = module_numbers()
+    for name in imported_modules(ast.parse(path.read_text())):
+        if (path.stem, name) == ('runs', 'tables'): continue  # the command line starts from the tables
+        assert numbers[name] < numbers[path.stem], f'{path.stem} ({numbers[path.stem]}) imports {name} ({numbers[name]})'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: path.stem)
+def test_core_needs_only_the_core_libraries(path):
+    import sys
+    top = {name.split('.')[0] for name, _ in imported_at_top(ast.parse(path.read_text()))}
+    assert not top - CORE - set(sys.stdlib_module_names), 'import it inside the function that uses it'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_opens_with_title_and_claim(path):
+    first = json.loads(path.read_text())['cells'][0]
+    assert first['cell_type'] == 'markdown'
+    assert re.match(r'# \S.*\n\n> \S', ''.join(first['source']))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_export_cells_are_short(path):
+    for source in cells(path):
+        if re.search(r'^#\s*\|\s*export', source, re.M):
+            assert sum(bool(line.strip()) for line in source.split('\n')) <= 25, source[:200]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_kernel_and_tags(path):
+    notebook = json.loads(path.read_text())
+    assert notebook['metadata']['kernelspec']['name'] == 'python3'
+    tagged = [cell for cell in notebook['cells'] if 'parameters' in cell['metadata'].get('tags', [])]
+    assert len(tagged) == (path in EXPERIMENTS)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_machine_paths(path):
+    assert not re.search(r'/(home|root|work|Users|tmp)/\w', path.read_text())
+
+
+def test_console_script_exists():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini')
+    module, function = ini['DEFAULT']['console_scripts'].split('=')[1].split(':')
+    assert re.search(rf'^def {function}\b', (ROOT / (module.replace('.', '/') + '.py')).read_text(), re.M)
+
+
+def test_readme_commands_exist():
+    targets = set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M))
+    named = set(re.findall(r'\bmake ([a-z][a-z-]*)', (ROOT / 'README.md').read_text()))
+    assert named and named <= targets, f'README names unknown make targets: {sorted(named - targets)}'
