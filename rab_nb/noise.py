@@ -71,7 +71,7 @@ class GaussianNoise:
         "True where the patterns (rows x features), or their norms row by row, are inside the radius."
         return np.linalg.norm(np.ravel(patterns)) < self.radius(p_a, p_b)
 
-# %% ../nbs/01_noise.ipynb #64557738
+# %% ../nbs/01_noise.ipynb #32ab9cf1
 @dataclass(frozen=True)
 class UniformNoise:
     "Noise uniform on [a, b]^d, certified by Corollaries 3 and 4; the radius bounds each pattern's largest entry."
@@ -81,7 +81,7 @@ class UniformNoise:
 
     def __post_init__(self):
         set_floats(self, a=self.a, b=self.b)
-        theory.interval(self.a, self.b)
+        theory.check_interval(self.a, self.b)
 
     def sample(self, shape, generator: torch.Generator) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device."
