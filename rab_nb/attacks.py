@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['TRIGGERS', 'Trigger', 'OnePixel', 'FourPixel', 'Blending', 'trigger', 'poisoned_count', 'PoisonedTask', 'poison']
 
-# %% ../nbs/11_attacks.ipynb #1a5bb166
+# %% ../nbs/11_attacks.ipynb #e7c2ea6c
 from dataclasses import dataclass, fields
 from math import floor, log, sqrt
 
 import numpy as np
 
-from .data import Task, encode, frozen
+from .data import Task, frozen
 from .noise import rng
 
-# %% ../nbs/11_attacks.ipynb #cd8bae90
+# %% ../nbs/11_attacks.ipynb #9905c280
 _GREY = {28: (23, 19)} # side of a one-channel image: row (and column) of the single pixel, of the centre of four
 _COLOUR = {32: (15, 15), 224: (112, 112)}
 
 def _anchor(shape: tuple, # (c, h, w)
             which: int # 0: the single pixel, 1: the centre of the four
            ) -> tuple: # (row, column)
-    "The authors' position, scaled in proportion from the nearest image size they use."
+    "The authors' position, scaled from the nearest image size they use and rounded."
     sizes, side = _GREY if shape[0] == 1 else _COLOUR, min(shape[1:])
     near = min(sizes, key=lambda s: abs(log(s / side)))
-    return tuple(sizes[near][which] * k // near for k in shape[1:])
+    return tuple(min(floor(sizes[near][which] * k / near + .5), k - 1) for k in shape[1:])
 
 # %% ../nbs/11_attacks.ipynb #c1714a28
 def _features(d: int # number of features
@@ -47,7 +47,7 @@ def _where(shape: tuple, # of one input: (c, h, w) or (d,)
     r, c = min(max(r, 1), shape[1] - 2), min(max(c, 1), shape[2] - 2)
     return slice(None), [r - 1, r, r + 1, r + 1], [c + 1, c, c - 1, c + 1]
 
-# %% ../nbs/11_attacks.ipynb #73604b6f
+# %% ../nbs/11_attacks.ipynb #02286071
 class Trigger:
     "What all triggers share; subclass it with a field `norm` and a method `pattern` for one of your own."
     clips = True # whether triggered inputs are clipped to the range of the data
@@ -62,12 +62,13 @@ class Trigger:
         "The inputs with the trigger in them."
         if (x := np.asarray(x)).dtype.kind != 'f': raise ValueError(f'inputs must be floats, got {x.dtype}; see from_arrays')
         out = x + self._patterns(x.shape, np.arange(len(x)) if rows is None else rows).astype(x.dtype)
+        if out.shape != x.shape: raise ValueError(f'the pattern has shape {out.shape[1:]}, an input {x.shape[1:]}')
         return np.clip(out, *value_range, out=out) if self.clips and value_range else out
 
     def _patterns(self, shape, rows) -> np.ndarray: # broadcasts to `shape`
         return self.pattern(shape[1:])[None]
 
-# %% ../nbs/11_attacks.ipynb #1b40c4e7
+# %% ../nbs/11_attacks.ipynb #35a507dd
 def _spread(shape: tuple, # of one input
             where: tuple, # index of the entries to set
             norm: float # l2 norm of the result
@@ -77,6 +78,7 @@ def _spread(shape: tuple, # of one input
     out[where] = norm / sqrt(out[where].size)
     return out
 
+# %% ../nbs/11_attacks.ipynb #f736d16f
 @dataclass(frozen=True)
 class OnePixel(Trigger):
     "One pixel in all channels, or one feature."
@@ -86,6 +88,7 @@ class OnePixel(Trigger):
         "float64 pattern of one input."
         return _spread(tuple(shape), _where(tuple(shape), four=False), self.norm)
 
+# %% ../nbs/11_attacks.ipynb #aa27ac55
 @dataclass(frozen=True)
 class FourPixel(Trigger):
     "Four neighbouring pixels in all channels, or four features."
@@ -130,18 +133,19 @@ def poisoned_count(rate: float, # share of all training rows, in [0, 1]
     if not 0 <= rate <= 1: raise ValueError(f'rate must be in [0, 1], got {rate!r}')
     return floor(rate * n + 1e-9)
 
-# %% ../nbs/11_attacks.ipynb #b6fa9233
+# %% ../nbs/11_attacks.ipynb #53653003
 def _roles(n_classes: int, target, source) -> tuple: # (source labels, new label of each class)
     "Check target and source and say what happens to each class."
     if target == 'all-to-all':
         if source is not None: raise ValueError(f'all-to-all takes rows from every class; leave source out, got {source!r}')
         return np.arange(n_classes), (np.arange(n_classes) + 1) % n_classes
     labels = range(n_classes)
-    if target not in labels: raise ValueError(f"target must be a label 0 .. {n_classes - 1} or 'all-to-all', got {target!r}")
+    if isinstance(target, str) or target not in labels: raise ValueError(f"target must be a label 0 .. {n_classes - 1} or 'all-to-all', got {target!r}")
     if source is None and n_classes > 2: raise ValueError(f'with {n_classes} classes name the source class (or classes) to be poisoned: source=')
     source = np.array([c for c in labels if c != target] if source is None else source, ndmin=1)
+    if not source.size: raise ValueError('source names no class')
     if bad := [c for c in source.tolist() if c not in labels or c == target]: raise ValueError(f'source must be a label 0 .. {n_classes - 1} other than the target {target}, got {bad[0]!r}')
-    return np.unique(source), np.full(n_classes, target)
+    return np.unique(source), np.full(n_classes, int(target))
 
 # %% ../nbs/11_attacks.ipynb #51ed65ba
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -165,13 +169,14 @@ class PoisonedTask(Task):
     nominal_total_norm = property(lambda self: self.nominal_norm * len(self.rows)**.5, doc='sqrt(r) times the norm of the pattern.')
     total_norm = property(lambda self: float(np.linalg.norm(self.actual_norms)), doc='sqrt(sum_i ||pi_i||^2) of what was really added.')
 
-# %% ../nbs/11_attacks.ipynb #ceb9622a
+# %% ../nbs/11_attacks.ipynb #fc48985f
 def _stamp(task: Task, trig: Trigger, rows: np.ndarray) -> tuple: # (poisoned x_train, norms)
     "A copy of the training inputs with the trigger in the given rows, and how far each row moved."
     x = task.x_train.copy()
     x[rows] = trig.apply(x[rows], task.value_range, rows)
-    moved = (x[r].astype(np.float64) - task.x_train[r] for r in rows)
-    return x, np.array([np.linalg.norm(m) for m in moved], np.float64)
+    norms = np.array([np.linalg.norm(x[r].astype(np.float64) - task.x_train[r]) for r in rows], np.float64)
+    if not np.isfinite(norms).all(): raise ValueError(f'{trig!r} makes inputs that are not finite')
+    return x, norms
 
 def _triggered_test(task: Task, trig: Trigger, source, new) -> dict:
     "The test inputs of the source class with the trigger; rows are numbered on from the training rows."

@@ -117,7 +117,7 @@ def encode(name: str, # how the message calls the labels
     out.flags.writeable = False
     return out
 
-# %% ../nbs/10_data.ipynb #8a8e1d39
+# %% ../nbs/10_data.ipynb #75ff54fc
 def from_arrays(x_train, # (n, d) features or (n, c, h, w) images, real numbers
                 y_train, # (n,) labels of any kind
                 x_test, # rows like x_train's
@@ -128,7 +128,7 @@ def from_arrays(x_train, # (n, d) features or (n, c, h, w) images, real numbers
                 source: str = 'arrays passed by the caller' # one sentence on their origin
                ) -> Task:
     "A `Task` from arrays of your own, copied, checked and made read-only."
-    classes = tuple(np.unique(np.asarray(y_train)).tolist() if classes is None else classes)
+    classes = tuple(np.unique(np.concatenate([np.unique(y_train), np.unique(y_test)])).tolist() if classes is None else classes)
     arrays = (_floats('x_train', x_train), encode('y_train', y_train, classes), _floats('x_test', x_test), encode('y_test', y_test, classes))
     return Task(name, *arrays, classes, source, digest(*arrays), value_range)
 
@@ -145,7 +145,7 @@ def _header(f # open member of an npz archive
     for k in shape: n *= k
     return dtype, shape, n, f.tell()
 
-# %% ../nbs/10_data.ipynb #5cf23d34
+# %% ../nbs/10_data.ipynb #8934be39
 def max_bytes() -> int: # bytes
     "The most that one data file may unpack to: an eighth of this machine's memory (1 GiB if unknown)."
     try: return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 8
@@ -158,7 +158,8 @@ def _check_member(info: zipfile.ZipInfo, header: tuple, limit: int):
     if n + offset != info.file_size: raise ValueError(f'{info.filename} promises {n} bytes of data, the archive holds {info.file_size - offset}')
     if info.file_size > 1100 * info.compress_size + 1100: raise ValueError(f'{info.filename} claims to unpack {info.compress_size} bytes to {info.file_size}: a decompression bomb')
 
-def _read_npz(path, limit: int) -> dict:
+# %% ../nbs/10_data.ipynb #f1f694d5
+def _read_npz(path, limit: int) -> dict: # array name -> array
     out = {}
     with zipfile.ZipFile(path) as z:
         if len(z.infolist()) > 64: raise ValueError(f'{len(z.infolist())} arrays in one archive, at most 64 are allowed')
@@ -168,7 +169,6 @@ def _read_npz(path, limit: int) -> dict:
             with z.open(info) as f: out[info.filename.removesuffix('.npy')] = npy.read_array(f, allow_pickle=False)
     return out
 
-# %% ../nbs/10_data.ipynb #8633ff7f
 def read_npz(path, # an .npz file of numbers
              limit: int | None = None # most bytes it may unpack to; default `max_bytes()`
             ) -> dict: # array name -> array
@@ -195,22 +195,24 @@ def folders(root=None # a folder of the caller's
     repo = next((p for p in (here, *here.parents) if (p/'.git').exists() or (p/'settings.ini').exists()), here)
     return [Path(p) for p in (root, os.environ.get('RAB_DATA'), repo/'data') if p]
 
-# %% ../nbs/10_data.ipynb #4626abcf
+# %% ../nbs/10_data.ipynb #46f15854
+def _unix(f) -> bytes: # at most 16 MiB of a text file with the line ends of Unix, since copies differ in them
+    return f.read(2**24).replace(b'\r\n', b'\n').rstrip(b'\n') + b'\n'
+
 def checksum(path # a data file
-            ) -> str: # SHA-256, 64 hexadecimal digits
-    "SHA-256 of a file; of a text file (.data) with its line ends made Unix's, since copies differ in them."
-    if Path(path).suffix == '.data': return hashlib.sha256(_unix(Path(path).read_bytes())).hexdigest()
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+            ) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file, or of a text file (.data) with Unix line ends."
+    with open(path, 'rb') as f:
+        if Path(path).suffix == '.data': return hashlib.sha256(_unix(f)).hexdigest()
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def _unix(text: bytes) -> bytes: return text.replace(b'\r\n', b'\n').rstrip(b'\n') + b'\n'
-
-def locate(filename: str, # a key of `SHA256`
+def locate(*filenames: str, # keys of `SHA256`; any of them will do
            root=None # see `folders`
-          ) -> Path | None: # the first such file, None if there is none
+          ) -> Path | None: # the file in the first folder that has one, None if none has
     "Find a data file and check that it is the one we know."
-    path = next((f/filename for f in folders(root) if (f/filename).is_file()), None)
-    if path and (actual := checksum(path)) != SHA256[filename]:
-        raise ValueError(f'{path}: wrong checksum: expected {SHA256[filename]}, actual {actual}; delete the file or fetch it again')
+    path = next((f/name for f in folders(root) for name in filenames if (f/name).is_file()), None)
+    if path and (actual := checksum(path)) != SHA256[path.name]:
+        raise ValueError(f'{path}: wrong checksum: expected {SHA256[path.name]}, actual {actual}; delete the file or fetch it again')
     return path
 
 # %% ../nbs/10_data.ipynb #03e8b8e5
@@ -267,18 +269,18 @@ def _from_torchvision(cls: str, subfolder: str, root, download: bool) -> tuple:
     for part, s in zip(('train', 'test'), sets): raw |= {f'x_{part}': np.asarray(s.data), f'y_{part}': np.asarray(s.targets, np.uint8)}
     return raw, f'{cls} through torchvision'
 
-# %% ../nbs/10_data.ipynb #fd86882d
+# %% ../nbs/10_data.ipynb #8ff5da14
 MNIST_DIGEST = '9d88bc3e8bc6fa055d6c1c572542dd14ef9cc094e08915f17c9bcc0dd6b2680f'
 
 def _mnist(classes, root, download, random_state) -> Task:
     ids = {i: i for i in range(10)}
-    if path := locate('mnist.npz', root): return _pick('mnist', read_npz(path), ids, classes, f'MNIST, {path.name}', SHA256[path.name])
+    if path := locate('mnist.npz', root=root): return _pick('mnist', read_npz(path), ids, classes, f'MNIST, {path.name}', SHA256[path.name])
     raw, source = _from_torchvision('MNIST', 'MNIST', root, download)
     sha = digest(*(raw[k] for k in ('x_train', 'y_train', 'x_test', 'y_test')))
     if sha != MNIST_DIGEST: raise ValueError(f'MNIST through torchvision: wrong pixels: expected digest {MNIST_DIGEST}, actual {sha}')
     return _pick('mnist', raw, ids, classes, source, sha)
 
-# %% ../nbs/10_data.ipynb #95d1feac
+# %% ../nbs/10_data.ipynb #f79f007b
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 CIFAR10_FILES = {'cifar10_airplane_bird.npz': ('airplane', 'bird'), 'cifar10_automobile_dog.npz': ('automobile', 'dog')}
 
@@ -294,14 +296,14 @@ def _cifar10(classes, root, download, random_state) -> Task:
     ids = {c: i for i, c in enumerate(CIFAR10)}
     classes = _chosen('cifar10', classes, ids)
     need = [f for f, held in CIFAR10_FILES.items() if set(held) & set(classes)]
-    if set(classes) <= {c for f in need for c in CIFAR10_FILES[f]} and all(paths := [locate(f, root) for f in need]):
+    if set(classes) <= {c for f in need for c in CIFAR10_FILES[f]} and all(paths := [locate(f, root=root) for f in need]):
         raw, source, sha = _merge([read_npz(p) for p in paths]), f'CIFAR-10, {" and ".join(need)}', '+'.join(SHA256[f] for f in need)
     else:
         raw, source = _from_torchvision('CIFAR10', 'cifar-10-batches-py', root, download)
         sha = digest(*(raw[k] for k in ('x_train', 'y_train', 'x_test', 'y_test')))
     return _pick('cifar10', raw, ids, classes, source, sha)
 
-# %% ../nbs/10_data.ipynb #9daeb058
+# %% ../nbs/10_data.ipynb #ffd95dcd
 IMAGENET_FILES = {'cat': ('imagenet_dog_cat_64.npz', 'imagenet_dog_cat_64_more_train.npz'), 'fish': ('imagenet_dog_fish_64.npz',)}
 
 def _imagenet(classes, root, download, random_state) -> Task:
@@ -309,7 +311,7 @@ def _imagenet(classes, root, download, random_state) -> Task:
     if sorted(classes) not in (['cat', 'dog'], ['dog', 'fish']):
         raise ValueError(f"imagenet at 64x64 has the pairs ('cat', 'dog') and ('fish', 'dog'), got {classes!r}; for other classes pass root= and size= of a folder of images")
     other = 'fish' if 'fish' in classes else 'cat'
-    paths = [p for f in IMAGENET_FILES[other] if (p := locate(f, root))]
+    paths = [p for f in IMAGENET_FILES[other] if (p := locate(f, root=root))]
     if not paths or paths[0].name != IMAGENET_FILES[other][0]: raise _missing(IMAGENET_FILES[other][0], root, 'it cannot be')
     parts = [read_npz(p) for p in paths]
     raw = parts[0] | {k: np.concatenate([q[k] for q in parts]) for k in ('x_train', 'y_train')}
@@ -341,7 +343,7 @@ def spam_features(table: np.ndarray # (n, 57) as in spambase.data
     "54 frequencies in percent, then average and longest run of capitals divided by the total."
     return np.concatenate([table[:, :54], table[:, 54:56] / table[:, 56:]], axis=1).astype(np.float32)
 
-# %% ../nbs/10_data.ipynb #ecd15622
+# %% ../nbs/10_data.ipynb #30e5d30d
 UCI_SPAMBASE = 'https://archive.ics.uci.edu/static/public/94/spambase.zip'
 
 def _fetch_spambase(folder: Path, # where to keep it
@@ -349,18 +351,19 @@ def _fetch_spambase(folder: Path, # where to keep it
                    ) -> Path: # the checked file
     "Fetch, check and keep spambase.data; nothing is kept that fails the check."
     with urllib.request.urlopen(url, timeout=30) as f: archive = f.read(2**24)
-    with zipfile.ZipFile(io.BytesIO(archive)) as z, z.open('spambase.data') as f: text = _unix(f.read(2**24))
+    with zipfile.ZipFile(io.BytesIO(archive)) as z, z.open('spambase.data') as f: text = _unix(f)
     if (actual := hashlib.sha256(text).hexdigest()) != SHA256['spambase.data']:
         raise ValueError(f'{url}: wrong checksum of spambase.data: expected {SHA256["spambase.data"]}, actual {actual}')
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as f: f.write(text)
-    return Path(os.replace(f.name, folder/'spambase.data') or folder/'spambase.data')
+    os.replace(f.name, folder/'spambase.data')
+    return folder/'spambase.data'
 
-# %% ../nbs/10_data.ipynb #fdbed355
+# %% ../nbs/10_data.ipynb #1a86481d
 def _spam_table(root, download: bool) -> tuple: # ((4601, 57) table, labels, path)
-    path = locate('spambase.npz', root) or locate('spambase.data', root)
+    path = locate('spambase.npz', 'spambase.data', root=root)
     try: path = path or (_fetch_spambase(Path(root or folders()[-1])) if download else None)
-    except (OSError, zipfile.BadZipFile) as e: raise _missing('spambase.npz or spambase.data', root, e) from e
+    except (OSError, KeyError, zipfile.BadZipFile) as e: raise _missing('spambase.npz or spambase.data', root, e) from e
     if path is None: raise _missing('spambase.npz or spambase.data', root, 'download=False')
     if path.suffix == '.data': table = np.loadtxt(path, delimiter=','); return table[:, :57], table[:, 57].astype(np.int64), path
     d = read_npz(path)
