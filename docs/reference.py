@@ -1,0 +1,213 @@
+"Reference pages from the modules' source alone: signatures, one comment per argument, errors, where it is explained, code."
+import ast
+import io
+import re
+import textwrap
+import tokenize
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+
+@dataclass
+class Argument:
+    name: str  # with its stars
+    annotation: str = ''
+    default: str = ''
+    comment: str = ''
+
+    def __str__(self):
+        text = self.name + (f': {self.annotation}' if self.annotation else '')
+        equals = ' = ' if self.annotation else '='
+        return text + (equals + self.default if self.default else '')
+
+
+@dataclass
+class Member:
+    kind: str  # 'function', 'method', 'property', 'class', 'data' or 'attribute'
+    name: str
+    doc: str = ''
+    arguments: list = field(default_factory=list)
+    returns: Argument | None = None
+    errors: list = field(default_factory=list)
+    code: str = ''
+    members: list = field(default_factory=list)
+
+
+def comments_by_line(source):
+    "Line number -> what its comment says; a line that is only a comment continues the one above."
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, text = token.start[0], token.string.lstrip('# ').rstrip()
+            alone = not token.line[:token.start[1]].strip()
+            found[line] = f'{found.get(line - 1, "")} {text}'.strip() if alone else text
+            if alone and line - 1 in found: found[line - 1] = found[line]
+    return found
+
+
+def unparse(node):
+    return '' if node is None else ast.unparse(node)
+
+
+def annotation(node):
+    "A type, without the quotes of a forward reference."
+    return re.sub(r"'([\w.]+)'", r'\1', unparse(node))
+
+
+class Module:
+    "One exported module: its public names as `Member`s."
+
+    def __init__(self, path):
+        self.name, self.source = path.stem, path.read_text()
+        self.lines, self.tree = self.source.split('\n'), ast.parse(self.source)
+        self.comments = comments_by_line(self.source)
+        self.nodes = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+    @property
+    def doc(self): return ast.get_docstring(self.tree) or ''
+
+    @cached_property
+    def public(self):
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and unparse(node.targets[0]) == '__all__': return ast.literal_eval(node.value)
+        return []
+
+    @cached_property
+    def members(self):
+        order = {node.name: node.lineno for node in self.nodes.values()}
+        return [self.member(name) for name in sorted(self.public, key=lambda name: order.get(name, 0))]
+
+    def member(self, name):
+        node = self.nodes.get(name)
+        if isinstance(node, ast.ClassDef): return self.class_member(node)
+        if node is not None: return self.function_member(node, 'function')
+        return self.constant(name)
+
+    def constant(self, name):
+        for node in self.tree.body:
+            names = [unparse(target) for target in getattr(node, 'targets', [getattr(node, 'target', None)]) if target]
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and any(name in re.split(r'\W+', text) for text in names):
+                return Member('data', name, self.comments.get(node.end_lineno, ''), code=self.code(node))
+        raise ValueError(f'{name} is in __all__ of rab_nb.{self.name} but not defined there')
+
+    def code(self, node):
+        first = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', []))])
+        return textwrap.dedent('\n'.join(self.lines[first - 1:node.end_lineno]))
+
+    def comment(self, node): return self.comments.get(node.end_lineno, '')
+
+    def function_member(self, node, kind):
+        decorators = {unparse(d) for d in node.decorator_list}
+        if kind == 'method' and decorators & {'property', 'cached_property'}: kind = 'property'
+        arguments = self.arguments(node.args)
+        if kind != 'function' and 'staticmethod' not in decorators: arguments = arguments[1:]
+        closing = node.body[0].lineno - 1 if node.body[0].lineno > node.lineno else node.lineno
+        said = self.comments.get(closing, '')
+        alone = closing not in {arg.end_lineno for arg in all_arguments(node.args)}
+        back = Argument('', annotation(node.returns), comment=said if alone or node.returns else '')
+        if back.comment and not alone: arguments = [a if a.comment != said else Argument(a.name, a.annotation, a.default) for a in arguments]
+        return Member(kind, node.name, ast.get_docstring(node) or '', arguments, back, self.errors(node), self.code(node))
+
+    def arguments(self, args):
+        plain = args.posonlyargs + args.args
+        defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
+        make = lambda arg, default=None, star='': Argument(star + arg.arg, annotation(arg.annotation), unparse(default), self.comment(default or arg))
+        out = [make(arg, default) for arg, default in zip(plain, defaults)]
+        if args.vararg: out.append(make(args.vararg, star='*'))
+        elif args.kwonlyargs: out.append(Argument('*'))
+        out += [make(arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)]
+        return out + ([make(args.kwarg, star='**')] if args.kwarg else [])
+
+    def class_member(self, node):
+        methods = [item for item in node.body if isinstance(item, ast.FunctionDef) and not item.name.startswith('_')]
+        start = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == '__init__']
+        fixed = [Member('attribute', unparse(item.targets[0]), self.comment(item), code=unparse(item.value)) for item in node.body
+                 if isinstance(item, ast.Assign) and not unparse(item.targets[0]).startswith('_')]
+        arguments = self.arguments(start[0].args)[1:] if start else self.fields(node)
+        return Member('class', node.name, ast.get_docstring(node) or '', arguments, None, self.errors(node), self.code(node),
+                      fixed + [self.function_member(item, 'method') for item in methods])
+
+    def fields(self, node):
+        "A dataclass's fields, those it inherits first."
+        inherited = [self.nodes[unparse(base)] for base in node.bases if unparse(base) in self.nodes]
+        out = {argument.name: argument for base in inherited for argument in self.fields(base)}
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and 'init=False' not in unparse(item.value):
+                out[item.target.id] = Argument(item.target.id, annotation(item.annotation), unparse(item.value), self.comment(item))
+        return list(out.values())
+
+    def errors(self, node, seen=None):
+        "(exception, message) of every `raise` in the function and in the functions of this module that it calls."
+        seen, out = set() if seen is None else seen, []
+        start = [item for item in getattr(node, 'body', []) if getattr(item, 'name', '') in ('__init__', '__post_init__')]
+        for item in (inner for part in (start if isinstance(node, ast.ClassDef) else [node]) for inner in ast.walk(part)):
+            if isinstance(item, ast.Raise) and isinstance(item.exc, ast.Call) and item.exc.args:
+                out.append((unparse(item.exc.func), message(item.exc.args[0])))
+            name = item.func.id if isinstance(item, ast.Call) and isinstance(item.func, ast.Name) else ''
+            if name in self.nodes and name not in seen:
+                seen.add(name)
+                out += self.errors(self.nodes[name], seen)
+        return list(dict.fromkeys(error for error in out if error[1]))
+
+
+def all_arguments(args):
+    return [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg, args.kwarg])]
+
+
+def message(node):
+    "The text of an error message; what is filled in when it is raised shows as an ellipsis."
+    if isinstance(node, ast.Constant): return str(node.value)
+    if isinstance(node, ast.FormattedValue): return '…'
+    if isinstance(node, ast.JoinedStr): return ''.join(map(message, node.values))
+    if isinstance(node, ast.BinOp): return message(node.left) + message(node.right)
+    return ''
+
+
+def escape(text):
+    "Markdown that shows `text` as it is, apart from what stands in backticks."
+    parts = re.split(r'(`[^`]+`)', text)
+    return ''.join(part if part.startswith('`') else re.sub(r'([\\*_<>$\[\]|~^#])', r'\\\1', part) for part in parts)
+
+
+def fenced(text, info, depth=3):
+    fence = '`' * max(depth, *(len(run) + 1 for run in re.findall('`+', text) or ['']))
+    return f'{fence}{info}\n{text}\n{fence}'
+
+
+def fields(member, link):
+    lines = [f':param {a.name.lstrip("*")}: {link(escape(a.comment))}' for a in member.arguments if a.comment]
+    if member.returns and member.returns.comment: lines.append(f':returns: {link(escape(member.returns.comment))}')
+    lines += [f':raises {kind}: {escape(text)}' for kind, text in member.errors]
+    return '\n'.join(lines)
+
+
+def entry(member, module, link, explained, owner=''):
+    "One name as a directive of Sphinx's Python domain."
+    call = member.kind not in ('data', 'attribute', 'property')
+    signature = member.name + (f'({", ".join(map(str, member.arguments))})' if call else '')
+    if member.returns and member.returns.annotation and call: signature += f' -> {member.returns.annotation}'
+    options = [f':module: rab_nb.{module}']
+    if member.kind == 'property' and member.returns.annotation: options.append(f':type: {member.returns.annotation}')
+    if member.kind == 'attribute': options.append(f':value: {member.code}')
+    parts = ['\n'.join(options), link(escape(member.doc)), fields(member, link)]
+    parts += [entry(inner, module, link, '', member.name) for inner in member.members]
+    if not owner:
+        parts += [f'{{.explained}}\n{explained}' if explained else '', source(member)]
+    return fenced('\n\n'.join(filter(None, parts)), f'{{py:{member.kind}}} {signature}')
+
+
+def source(member):
+    code = fenced(member.code, 'python')
+    return fenced(code, '{dropdown} Source\n:class-container: source\n', 4)
+
+
+def page(module, link, explained):
+    "MyST text of one module's page; `explained(name)` gives a sentence that links to the notebook."
+    head = [f'# rab_nb.{module.name}', f'{{.lead}}\n{link(escape(module.doc))}', f'```{{py:module}} rab_nb.{module.name}\n```']
+    return '\n\n'.join(head + [entry(member, module.name, link, explained(member.name)) for member in module.members]) + '\n'
+
+
+def load(folder):
+    "Every exported module of the package, by name."
+    return {path.stem: Module(path) for path in sorted(Path(folder).glob('[a-z]*.py'))}
