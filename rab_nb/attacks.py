@@ -98,7 +98,7 @@ class FourPixel(Trigger):
         "float64 pattern of one input."
         return _spread(tuple(shape), _where(tuple(shape), four=True), self.norm)
 
-# %% ../nbs/11_attacks.ipynb #94685bd0
+# %% ../nbs/11_attacks.ipynb #9cf4979c
 @dataclass(frozen=True)
 class Blending(Trigger):
     "Gaussian noise of a fixed norm over the whole input, the same for each row or not."
@@ -113,7 +113,8 @@ class Blending(Trigger):
         return noise * (self.norm / np.linalg.norm(noise))
 
     def _patterns(self, shape, rows) -> np.ndarray:
-        return np.stack([self.pattern(shape[1:], i) for i in (rows if self.per_sample else [0])])
+        numbers = rows if self.per_sample else [0]
+        return np.array([self.pattern(shape[1:], i) for i in numbers]).reshape(len(numbers), *shape[1:])
 
 # %% ../nbs/11_attacks.ipynb #ef862d28
 TRIGGERS = {'one_pixel': OnePixel, 'four_pixel': FourPixel, 'blending': Blending}
