@@ -251,7 +251,7 @@ def check_probability(name, p):
     if bad.any(): raise ValueError(f'{name} must lie in [0, 1], got {p[bad].flat[0]}; clip it or check how it was estimated')
     return p
 
-# %% ../nbs/00_theory.ipynb #da88a992
+# %% ../nbs/00_theory.ipynb #954d03a9
 def robustness_condition(eps, delta, # laws, see `least_vote`
                          p_a, p_b, # vote bounds of the winner and the runner-up under eps, in [0, 1]
                          **options # see `least_vote`
@@ -263,8 +263,8 @@ def robustness_condition(eps, delta, # laws, see `least_vote`
 def condition_margin(eps, delta, p_a, p_b, **options): # as in `robustness_condition`
     "Right-hand side of (12) minus the left-hand side, and its numerical error."
     p_a, p_b = np.broadcast_arrays(check_probability('p_a', p_a), check_probability('p_b', p_b))
-    (kept, kept_error), (spared, spared_error) = (least_vote(eps, delta, v, **options) for v in (p_a, 1 - p_b))
-    return kept - (1 - spared), kept_error + spared_error
+    (kept, spared), error = least_vote(eps, delta, np.stack([p_a, 1 - p_b]), **options)
+    return kept - (1 - spared), error.sum(0)
 
 # %% ../nbs/00_theory.ipynb #a0d3b064
 def check_log_probability(name, log_p):
