@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'STORED_BYTES', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 'initial_module', 'has_bf16', 'resolved',
-           'identity', 'to_rows', 'to_inputs', 'smoothed_rows', 'batches', 'loss_per_sample', 'soft', 'gradient',
-           'train', 'one_thread', 'test_noise', 'answers', 'train_group', 'train_shard', 'check_inputs', 'check_labels',
-           'map_groups', 'Voter', 'Trainer', 'save_models', 'load_models', 'RABClassifier']
+           'identity', 'to_rows', 'to_inputs', 'smoothed_rows', 'batches', 'loss_per_sample', 'soft', 'adam_steps',
+           'gradient', 'train', 'one_thread', 'test_noise', 'answers', 'train_group', 'train_shard', 'check_inputs',
+           'check_labels', 'map_groups', 'Voter', 'Trainer', 'save_models', 'load_models', 'RABClassifier']
 
-# %% ../nbs/20_ensemble.ipynb #91fd1335
+# %% ../nbs/20_ensemble.ipynb #58d6cca3
 import copy
 import hashlib
 import json
@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
+from torch.optim.adam import adam
 from tqdm.auto import tqdm
 
 from .certificate import certify
@@ -172,6 +173,17 @@ def soft(outputs: torch.Tensor # (..., 1) or (..., C) logits
     p = outputs.float().sigmoid()
     return torch.cat([1 - p, p], -1)
 
+# %% ../nbs/20_ensemble.ipynb #22c4abb2
+def adam_steps(flat: torch.Tensor, # parameters, with their gradient in flat.grad
+               lr: float # step size
+              ): # function that takes one step
+    "Adam with its usual constants (Kingma and Ba 2015) on one vector, in place."
+    mean, square, step = torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros((), device=flat.device)
+    def descend():
+        adam([flat], [flat.grad], [mean], [square], [], [step], fused=True, amsgrad=False, beta1=.9, beta2=.999,
+             lr=lr, weight_decay=0., eps=1e-8, maximize=False)
+    return descend
+
 # %% ../nbs/20_ensemble.ipynb #474cd17d
 def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
              y: torch.Tensor, # (B,)
@@ -186,7 +198,7 @@ def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
     with amp: outputs = stack(x)
     loss_per_sample(outputs, y).mean(-1).sum().backward()
 
-# %% ../nbs/20_ensemble.ipynb #4d368ad2
+# %% ../nbs/20_ensemble.ipynb #679e42dc
 def train(spec: TrainSpec, # resolved
           x, y, # (n, ...) inputs and (n,) labels 0..C-1
           models, # numbers of the models: one whole group
@@ -194,18 +206,18 @@ def train(spec: TrainSpec, # resolved
          ) -> Stack: # trained
     "Train the models side by side."
     rows, shape = to_rows(x).to(spec.device), tuple(np.shape(x)[1:])
-    y = torch.as_tensor(np.asarray(y, dtype=np.int64), device=spec.device)
+    y = torch.tensor(np.asarray(y, dtype=np.int64), device=spec.device)
     batch, step = smoothed_rows(spec, rows, models), 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(spec.random_state, 'layers'))
         stack = Stack(spec.module, len(models), spec.device, folded=spec.dp is not None)
-        adam = torch.optim.Adam([stack.flat], lr=spec.lr, fused=True)
+        descend = adam_steps(stack.flat, spec.lr)
         for epoch in range(spec.epochs):
             stack.module.train()
             for i in batches(spec, epoch, len(y)):
                 i, step = i.to(spec.device), step + 1
                 gradient(spec, stack, to_inputs(batch(i), shape), y[i], models, step)
-                adam.step()
+                descend()
             after_epoch(epoch + 1, stack)
     return stack
 
@@ -413,7 +425,7 @@ def _train_missing(self, X, y, evals):
                 bar.update(min(self.spec_.stack, n - g * self.spec_.stack))
         finally: self.groups_ = dict(sorted(self.groups_.items()))
 
-# %% ../nbs/20_ensemble.ipynb #f1574b34
+# %% ../nbs/20_ensemble.ipynb #3399d174
 def save_models(self, path: str) -> None: # of the file, *.safetensors
     "Write the trained models and what belongs to them."
     from safetensors.numpy import save_file
@@ -426,6 +438,7 @@ def save_models(self, path: str) -> None: # of the file, *.safetensors
     arrays = {name: np.concatenate([p['models'][name] for p in parts]) for name in about['names']}
     save_file(arrays, path, metadata=dict(rab_nb=json.dumps(about)))
 
+# %% ../nbs/20_ensemble.ipynb #5c546225
 def load_models(cls, path: str, module): # the file; the same module or function that `fit` had
     "Read what `save_models` wrote."
     from safetensors import safe_open

@@ -26,24 +26,24 @@ def mnist_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of c
         nn.Conv2d(16, 32, 5), nn.MaxPool2d(2), nn.ReLU(),
         nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, n_outputs))
 
-# %% ../nbs/12_models.ipynb #90c97c99
+# %% ../nbs/12_models.ipynb #8fb20dd8
 def digits_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
-               n_channels: int = 1, width: int = 8 # channels of the first convolution
+               n_channels: int = 1, width: int = 16 # channels of the first convolution
               ) -> nn.Module: # (B, n_channels, 8, 8) -> (B, n_outputs)
-    "Two 3x3 convolutions with pooling for 8x8 images."
+    "Two 2x2 convolutions of stride two for 8x8 images."
     return nn.Sequential(
-        nn.Conv2d(n_channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(n_channels, width, 2, stride=2), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 2, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(8 * width, n_outputs))
 
-# %% ../nbs/12_models.ipynb #2af0b39b
+# %% ../nbs/12_models.ipynb #0bccf344
 def photos_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
-               width: int = 8 # channels of the first convolution
+               width: int = 16 # channels of the first convolution
               ) -> nn.Module: # (B, 3, 16, 16) -> (B, n_outputs)
-    "A strided 4x4 and a 3x3 convolution with pooling for 3x16x16 images."
+    "A 4x4 convolution of stride four and a 2x2 one of stride two for 3x16x16 images."
     return nn.Sequential(
-        nn.Conv2d(3, width, 4, stride=2, padding=1), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(3, width, 4, stride=4), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 2, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(8 * width, n_outputs))
 
 # %% ../nbs/12_models.ipynb #9ade2487
