@@ -6,7 +6,8 @@
 __all__ = ['BIN', 'CACHED', 'FAR', 'LEVELS', 'KEEP', 'PIECE', 'BLOCK', 'bin_moments', 'node_weights', 'bin_nodes', 'reach',
            'lowest', 'horizon', 'gaps', 'concentration_bound', 'window', 'at_nodes', 'hazard_tables',
            'one_nn_integrand', 'log_sum', 'slope', 'integrate', 'unsettled', 'shrink', 'groups', 'rivals_nearest',
-           'solve', 'pieces', 'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'check_features',
+           'solve', 'bucket_edges', 'between', 'log_increments', 'increments', 'row_probabilities', 'quantised_point',
+           'quantised', 'pieces', 'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'check_features',
            'check_count', 'threads', 'prepare', 'law', 'block_law', 'all_laws', 'SmoothedKNNClassifier',
            'certificate_of']
 
@@ -197,6 +198,93 @@ def solve(s, near, n_classes: int, d: int, integrand # (b, n) distances, (b, C) 
         rows = rows[unsettled(log_p[rows], error[rows])]
     return log_p, error
 
+# %% ../nbs/22_knn.ipynb #1425fd0e
+def bucket_edges(hazard, u, n_levels: int # (J,) increasing -log P(min > u), its radii, number of buckets L
+                ) -> np.ndarray: # at most L - 1 increasing radii
+    "Edges at which the cumulative hazard of the nearest noisy point is l / (L - l)."
+    l = np.arange(1, n_levels)
+    wanted = l / (n_levels - l)
+    return np.unique(np.interp(wanted[wanted < hazard[-1]], np.maximum.accumulate(hazard), u))
+
+# %% ../nbs/22_knn.ipynb #10e3336a
+def between(x, size: int, order: int = 12 # positions in units of the step, number of nodes, points of the polynomial
+           ) -> np.ndarray: # (len(x), size)
+    "Matrix of local polynomial interpolation on a uniform grid (barycentric form)."
+    order = min(order, size)
+    start = np.clip(np.floor(x).astype(int) - order//2 + 1, 0, size - order)
+    k = np.arange(order)
+    gap = (x - start)[:, None] - k
+    gap = np.where(np.abs(gap) < 1e-12, 1e-12, gap)
+    w = (-1.)**k * [math.comb(order - 1, j) for j in k] / gap
+    out = np.zeros((len(x), size))
+    np.put_along_axis(out, start[:, None] + k, w / w.sum(1, keepdims=True), 1)
+    return out
+
+def log_increments(chi, edges) -> tuple: # (panels, 16, L) log delta, (panels, 16, L - 1) log S at the edges
+    "log(log S(b_{l-1}) - log S(b_l)) at the nodes of a lattice's panels, for all buckets but the last."
+    v = unsoftplus(chi.u)
+    m = between((unsoftplus(edges) - v[0]) / (v[1] - v[0]), len(v)).T
+    log_s, log_f = chi.log_s @ m, (chi.log_odds + chi.log_s) @ m
+    before = np.concatenate([np.full_like(log_f[..., :1], -np.inf), log_f[..., :-1]], 2)
+    log_mass = log_f + np.log(-np.expm1(np.minimum(before - log_f, -1e-300)))
+    small = np.log1p(np.exp(np.minimum(log_mass - log_s, 0.)))
+    drop = np.concatenate([np.zeros_like(log_s[..., :1]), log_s[..., :-1]], 2) - log_s
+    delta = np.where(log_f < -.7, small, drop)
+    return np.where(log_mass < -18, log_mass, np.log(np.maximum(delta, 1e-300))), log_s
+
+# %% ../nbs/22_knn.ipynb #2eea7fd3
+def increments(s, chi_start, panel, log_delta): # (n,) distances; (panels, 16, L) table, torch
+    "delta of every row and bucket, (n, L); rows beyond the table have none."
+    z = (s - chi_start) / panel
+    k = z.floor().clamp_(0, len(log_delta)).to(torch.int64)
+    basis = torch.cos(torch.arange(16, device=s.device) * torch.arccos((2*(z - k) - 1).clamp_(-1, 1))[:, None])
+    basis = basis @ torch.as_tensor(cardinal_coefficients(16).T, device=s.device)
+    out = s.new_full((len(s), log_delta.shape[2]), -math.inf)
+    for j in range(len(log_delta)):
+        rows = (k == j).nonzero()[:, 0]
+        if len(rows): out[rows] = basis[rows] @ log_delta[j]
+    return out.exp_()
+
+def row_probabilities(s, chi, edges, log_total) -> tuple: # (n,) distances, a lattice, (L - 1,) edges, (L,) log P(no row below b_{l-1})
+    "Probability of every row to win in one of the first L - 1 buckets, (n,) torch."
+    log_delta = torch.as_tensor(log_increments(chi, edges)[0], device=s.device)
+    log_left, parts = torch.as_tensor(log_total[:-1], device=s.device).clone(), []
+    for part in s.split(max(1, CACHED // (len(edges) + 1))):
+        delta = increments(part, chi.start, chi.panel, log_delta)
+        ahead = delta.cumsum(0)
+        left = log_left - (ahead - delta)
+        parts.append((left.exp_() * delta.neg().expm1_().neg_()).sum(1))
+        log_left -= ahead[-1]
+    return torch.cat(parts)
+
+# %% ../nbs/22_knn.ipynb #cea8c4de
+def quantised_point(s, y, n_classes: int, d: int, grid: tuple, n_levels: int, edges=None # (n,) distances; (L - 1,) radii, default: bucket_edges
+                   ) -> tuple: # (C,) log probabilities, the edges
+    "The paper's 1-NN on quantised distances for one test point: (34) and Algorithms 2 and 3, corrected."
+    chi, (log_s, _) = lattice(d, *grid), hazard_tables(d, grid, 8)
+    w = node_weights(bin_moments(s[None], torch.zeros_like(y), 1, round(chi.start/BIN), len(log_s)//8, 8))[0, 0]
+    if edges is None: edges = bucket_edges(-(w @ log_s), chi.u, n_levels)
+    log_total = np.append(0., w @ at_nodes(log_increments(chi, edges)[1], chi.panel, 8))
+    q = row_probabilities(s, chi, edges, log_total)
+    q[0] += math.exp(log_total[-1])
+    p = q.new_zeros(n_classes).index_add_(0, y, q).cpu().numpy()
+    with np.errstate(divide='ignore'): return np.log(p), edges
+
+# %% ../nbs/22_knn.ipynb #7b9c4c00
+def quantised(s, y, near, d: int, n_levels: int # (b, n) distances, (b, C) nearest
+             ) -> tuple: # log probability and relative error, each (b, C)
+    "The quantised 1-NN at b points."
+    (b, n), n_classes = s.shape, near.shape[1]
+    far = gaps(near, near.min(1, keepdims=True), d) > FAR
+    last = np.where(far, 0, near).max(1)
+    u_high, s_max, log_p = np.sqrt(d + last**2) + reach(1), s.amax(1).cpu().numpy(), np.empty((b, n_classes))
+    for k in range(b):
+        grid = window(lowest(near[k].min(), d, n), u_high[k], near[k].min(), min(s_max[k], horizon(u_high[k], d, n)), d, 1/16)
+        log_p[k], edges = quantised_point(s[k], y, n_classes, d, grid, n_levels)
+        bound = math.log(n) - np.maximum(np.sqrt(d - 1 + near[k]**2) - edges[-1], 0)**2/2
+        log_p[k] = np.where(far[k], np.logaddexp(log_p[k], np.minimum(bound, 0)), log_p[k])
+    return log_p, np.full((b, n_classes), 1e-9)
+
 # %% ../nbs/22_knn.ipynb #cf5dfe7e
 KEEP = 2**28 # bytes up to which the training set is kept in float64
 PIECE = 2**26 # bytes of the training set converted to float64 at a time
@@ -279,10 +367,11 @@ def prepare(model, X, y):
     model._norms = torch.cat([(piece*piece).sum(1) for _, piece in pieces(model._x, model._shift, model.sigma)])
     if not torch.isfinite(model._norms).all(): raise ValueError(f'the features are too large for sigma = {model.sigma}: squared distances overflow; rescale both')
 
-# %% ../nbs/22_knn.ipynb #613ff081
+# %% ../nbs/22_knn.ipynb #843b86a7
 def law(model, s, near): # (b, n) distances, (b, C) nearest of every class
     "Log probabilities and relative errors by the method that the parameters ask for."
     n_classes, d = len(model.classes_), model.n_features_in_
+    if model.n_levels_: return quantised(s, model._y, near, d, model.n_levels_)
     return solve(s, near, n_classes, d, lambda s, grid, p: one_nn_integrand(s, model._y, n_classes, d, grid, p))
 
 def block_law(model, x): # (b, d) checked test points
