@@ -36,15 +36,15 @@ $(error PROFILE=$(PROFILE) is unknown; choose one of: $(basename $(notdir $(wild
 endif
 
 tables: $(STAMPS) .stamps/$(PROFILE)/report ## regenerate the paper's tables [PROFILE=quick|cpu|paper] [TABLES="1 9"]
-	@$(PY) -m rab_nb.tables where $(PROFILE) $(TABLES)
+	@$(PY) -m rab_nb.report where $(PROFILE) $(TABLES)
 
 .stamps/$(PROFILE)/report: $(STAMPS)
-	@$(PY) -m rab_nb.tables report
+	@$(PY) -m rab_nb.report report
 	@touch $@
 
 dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,knn)
 knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,models ensemble dp)
-make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.tables make $(@F:table%=%) $(PROFILE) && touch $@
+make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.report make $(@F:table%=%) $(PROFILE) && touch $@
 
 $(addprefix .stamps/$(PROFILE)/table,1 2 3 4 5 6): $(dnn_needs) | $(READY)
 	$(make_table)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rab_nb import tables
+from rab_nb import report, tables
 
 EXPERIMENTS = tables.ROOT / 'nbs/experiments'
 
@@ -19,7 +19,7 @@ def store(tmp_path, monkeypatch):
 @pytest.mark.parametrize('notebook, table, options', [
     ('dnn', 1, {'n_estimators': 50, 'rows': 1}), ('dnn', 4, {'n_estimators': 25, 'rows': 1}), ('knn', 9, {'rows': 2})])
 def test_tiny_run_writes_every_file(notebook, table, options, tmp_path):
-    out = tables.run_notebook(EXPERIMENTS / f'{notebook}.ipynb', tmp_path / f'table{table}.ipynb', table=table, profile='quick', folder=str(tmp_path), **options)
+    out = report.run_notebook(EXPERIMENTS / f'{notebook}.ipynb', tmp_path / f'table{table}.ipynb', table=table, profile='quick', folder=str(tmp_path), **options)
     assert {path.suffix for path in tmp_path.glob(f'table{table}.*')} == {'.csv', '.json', '.md', '.tex', '.png', '.ipynb'}
     scores = pd.read_csv(tmp_path / f'table{table}.csv')
     accuracy = scores[scores.metric.isin(['prediction_accuracy', 'certified_accuracy', 'certified_rate'])]
@@ -30,7 +30,7 @@ def test_tiny_run_writes_every_file(notebook, table, options, tmp_path):
 
 def test_second_execution_is_byte_identical(tmp_path):
     for folder in ('a', 'b'):
-        tables.run_notebook(EXPERIMENTS / 'dnn.ipynb', tmp_path / folder / 'table1.ipynb', table=1, profile='quick', folder=str(tmp_path / folder), n_estimators=50, rows=1)
+        report.run_notebook(EXPERIMENTS / 'dnn.ipynb', tmp_path / folder / 'table1.ipynb', table=1, profile='quick', folder=str(tmp_path / folder), n_estimators=50, rows=1)
     assert (tmp_path / 'a/table1.csv').read_bytes() == (tmp_path / 'b/table1.csv').read_bytes()
 
 
@@ -39,20 +39,20 @@ def test_lost_parameters_tag_stops_the_run(tmp_path):
     for cell in notebook['cells']: cell['metadata'].pop('tags', None)
     (tmp_path / 'dnn.ipynb').write_text(json.dumps(notebook))
     with pytest.raises(ValueError, match="tagged 'parameters'"):
-        tables.run_notebook(tmp_path / 'dnn.ipynb', tmp_path / 'out.ipynb', table=1)
+        report.run_notebook(tmp_path / 'dnn.ipynb', tmp_path / 'out.ipynb', table=1)
     assert not (tmp_path / 'out.ipynb').exists()
 
 
 def test_unknown_parameter_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match='n_estimator'):
-        tables.run_notebook(EXPERIMENTS / 'dnn.ipynb', tmp_path / 'out.ipynb', n_estimator=3)
+        report.run_notebook(EXPERIMENTS / 'dnn.ipynb', tmp_path / 'out.ipynb', n_estimator=3)
 
 
 def test_a_failing_notebook_leaves_the_old_result(tmp_path):
     out = tmp_path / 'table1.ipynb'
     out.write_text('the old one')
     with pytest.raises(Exception, match='bogus'):
-        tables.run_notebook(EXPERIMENTS / 'dnn.ipynb', out, profile='bogus')
+        report.run_notebook(EXPERIMENTS / 'dnn.ipynb', out, profile='bogus')
     assert out.read_text() == 'the old one' and not list(tmp_path.glob('*.part*'))
 
 
@@ -77,7 +77,7 @@ def test_a_profile_cannot_run_code(tmp_path):
 def test_committed_pages_agree_with_their_numbers(path):
     page, scores = json.loads(path.read_text()), pd.read_csv(path.with_suffix('.csv'))
     table = tables.spec(page['number'])
-    assert page['lines'] == tables.body(scores, table, tables.statements(table.model)[0])
-    assert page['verdict'] == tables.verdict(scores, table)
-    assert path.with_suffix('.md').read_text() == tables.page_markdown(page)
+    assert page['lines'] == report.lines_of(scores, table, tables.statements(table)[0])
+    assert page['verdict'] == report.verdict(scores, table)
+    assert path.with_suffix('.md').read_text() == report.page_markdown(page)
     for caption in ('Profile', 'data', 'seeds', 'alpha', 'Code'): assert caption in page['caption']
