@@ -1,0 +1,259 @@
+"The run store: identities, hostile files, independent oracles and the command line."
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings as budget, strategies as st
+
+from rab_nb import runs
+from rab_nb.certificate import VoteStatistics, certify, certify_statistics
+from rab_nb.noise import GaussianNoise
+
+DRILL = dict(kind='drill', n_models=7, shard_size=3, n_points=5)
+TINY = dict(kind='dnn', n_models=4, shard_size=2, data=dict(name='digits', classes=[0, 1]), attack=dict(trigger='one_pixel', norm=1., rate=.1, target=0, seed=0),
+            noise='GaussianNoise(sigma=1.0)', module=dict(name='digits_cnn'), dp=None,
+            train=dict(epochs=1, batch_size=32, lr=3e-3, random_state=0, precision='float32', stack=2))
+values = st.recursive(st.none() | st.booleans() | st.text(max_size=5) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+                      lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3), max_leaves=8)
+
+
+def compute(settings, store, **how): return runs.run(settings, store, **({'n_jobs': 1, 'device': 'cpu', 'progress': False} | how))
+
+
+# ---- identity -----------------------------------------------------------------------------------
+@given(st.dictionaries(st.text(max_size=3), values, max_size=4))
+@budget(deadline=None, max_examples=200)
+def test_canonical_survives_the_file(settings):
+    "Text -> JSON -> text is the identity, and no float loses a bit."
+    text = runs.canonical(settings)
+    assert runs.canonical(json.loads(text)) == text
+    back = json.loads(text)
+    def same(a, b):
+        if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, list): return len(a) == len(b) and all(map(same, a, b))
+        return a == b
+    assert same(settings, back)
+
+
+def test_equal_settings_have_one_identity():
+    assert runs.run_id({'a': 1, 'b': {'c': .1, 'd': [1, 2]}}) == runs.run_id({'b': {'d': (1., np.int64(2)), 'c': np.float64(.1)}, 'a': np.float32(1)})
+
+
+@pytest.mark.parametrize('change', [{'n_points': 6}, {'n_models': 8}, {'shard_size': 2}, {'random_state': 1}, {'seconds': 1e-300}])
+def test_different_settings_have_different_identities(change):
+    assert runs.run_id(DRILL) != runs.run_id(DRILL | change)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, object(), {1: 2}, b'bytes', np.zeros(2), {'a': {'b': {1, 2}}}])
+def test_settings_that_no_file_holds(bad):
+    with pytest.raises(ValueError, match='settings may hold'): runs.canonical({'x': bad})
+
+
+@pytest.mark.parametrize('bad', [0, -1, 2.5, '3', None])
+def test_sizes_are_checked(bad, tmp_path):
+    with pytest.raises(ValueError, match='n_models and shard_size'): compute(DRILL | {'n_models': bad}, tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['os.system', 'os:system', 'rab_nb.runs:main', '__import__', None, ['drill']])
+def test_settings_cannot_name_code(kind, tmp_path):
+    with pytest.raises(ValueError, match='kind must be one of'): compute(DRILL | {'kind': kind}, tmp_path)
+
+
+@pytest.mark.parametrize('change', [{'module': {'name': 'torch.load'}}, {'attack': TINY['attack'] | {'trigger': 'eval'}}, {'noise': '__import__("os").system("true")'},
+                                    {'data': {'name': '../../etc/passwd'}}, {'train': TINY['train'] | {'lr': 'nan'}}])
+def test_hostile_ensemble_settings(change, tmp_path):
+    with pytest.raises(ValueError): compute(TINY | change, tmp_path)
+
+
+# ---- results ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('shard_size', [1, 2, 3, 7, 100])
+def test_models_are_cut_into_shards(shard_size):
+    s = DRILL | {'shard_size': shard_size}
+    assert [m for i in range(runs.n_shards(s)) for m in runs.models(s, i)] == list(range(7))
+
+
+@pytest.mark.parametrize('bound', ['hoeffding', 'empirical_bernstein'])
+def test_statistics_certify_like_the_outputs(bound, tmp_path):
+    "Certificates from a summary file equal those from all models' outputs at once."
+    r = compute(DRILL | {'n_models': 50, 'shard_size': 8}, tmp_path)
+    p = np.clip(r.arrays('probabilities'), .7, 1)
+    skewed = np.stack([p[..., 0], 1 - p[..., 0]], -1)
+    stats = VoteStatistics.from_probabilities(skewed)
+    np.testing.assert_allclose(certify_statistics(stats, GaussianNoise(1.), bound=bound).radius, certify(skewed, GaussianNoise(1.), bound=bound).radius, rtol=1e-12)
+    runs.write_summary(runs.summarize(r), tmp_path / 's')
+    stored, direct = runs.read_summary(tmp_path / 's').statistics['probabilities'], r.arrays('probabilities').astype(np.float64)
+    np.testing.assert_allclose(stored.mean, [[math.fsum(direct[:, i, c]) / 50 for c in range(2)] for i in range(5)], rtol=1e-15)
+    np.testing.assert_allclose(stored.second_moment, [[math.fsum(direct[:, i, c]**2) / 50 for c in range(2)] for i in range(5)], rtol=1e-15)
+    assert (stored.votes[:, 0] == (direct[..., 0] >= direct[..., 1]).sum(0)).all() and (stored.votes.sum(1) == 50).all()
+
+
+def test_statistics_do_not_depend_on_the_shards(tmp_path):
+    a, b = (compute(DRILL | {'shard_size': n}, tmp_path).statistics('probabilities') for n in (2, 5))
+    assert (a.mean == b.mean).all() and (a.second_moment == b.second_moment).all()
+
+
+def test_ensemble_runs_are_the_classifier(tmp_path):
+    "The run store and RABClassifier train the same models."
+    from rab_nb.ensemble import RABClassifier
+    from rab_nb.models import digits_cnn
+    r, task = compute(TINY, tmp_path), runs.poisoned_task(runs.plain(TINY))
+    train = {k: v for k, v in TINY['train'].items()}
+    rab = RABClassifier(digits_cnn, GaussianNoise(1.), n_estimators=4, device='cpu', n_jobs=1, **train).fit(task.x_train, task.y_train)
+    np.testing.assert_array_equal(r.arrays('triggered'), rab.model_probabilities(task.x_test_triggered))
+
+
+def test_worker_of_another_version_refuses(tmp_path):
+    r = runs.open_run(DRILL, tmp_path)
+    with pytest.raises(RuntimeError, match='this worker would compute something else'):
+        runs.compute(runs.KINDS['drill'], r.settings | {'environment': {'version': 2}}, 0)
+
+
+def test_an_error_in_a_shard_is_reported_and_leaves_nothing(tmp_path):
+    runs.register('broken', broken)
+    for n_jobs in (1, 2):
+        with pytest.raises((RuntimeError, ZeroDivisionError), match='division by zero'): compute(dict(kind='broken', n_models=2, shard_size=1), tmp_path, n_jobs=n_jobs)
+        assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.safetensors'))
+
+
+def broken(settings, shard): return 1 / 0
+
+
+@pytest.mark.parametrize('n_jobs', [0, -2])
+def test_n_jobs_is_checked(n_jobs, tmp_path):
+    with pytest.raises(ValueError, match='n_jobs'): compute(DRILL, tmp_path, n_jobs=n_jobs)
+
+
+# ---- hostile files ------------------------------------------------------------------------------
+def mutated(content, rng):
+    "Flip, cut, insert, repeat or overwrite; numbers in headers made absurd."
+    b = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at, kind = int(rng.integers(0, len(b) + 1)), rng.integers(0, 7)
+        if kind == 0 and b: b[at % len(b)] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1: del b[at:]
+        elif kind == 2: b[at:at] = rng.bytes(int(rng.integers(1, 40)))
+        elif kind == 3: b[at:at + 8] = [0, 2**31, 2**62, 2**64 - 1][int(rng.integers(4))].to_bytes(8, 'little') if rng.random() < .5 else rng.bytes(8)
+        elif kind == 4: b = bytearray(bytes(b).replace(b'[', b'[' + b'[' * int(rng.integers(1, 3000)), 1))
+        elif kind == 5: b = bytearray(bytes(b).replace(b'"shape":[', b'"shape":[9999999999999,', 1).replace(b'F32', bytes(rng.choice([b'F64', b'BF16', b'I8', b'F8_E5M2']))))
+        elif b: b[0:8] = int(rng.integers(0, 2**16)).to_bytes(8, 'little')
+    return bytes(b)
+
+
+def test_two_thousand_hostile_files(tmp_path):
+    "Shards, summaries and settings, mutated 2,000 times: the file's own content, or ShardError, and nothing else."
+    r = compute(DRILL, tmp_path)
+    runs.write_summary(runs.summarize(r), tmp_path / 'summary')
+    files = {r.path(1): lambda: r.read(1)[0], tmp_path / 'summary': lambda: vars(runs.read_summary(tmp_path / 'summary').statistics['probabilities']),
+             r.folder / 'settings.json': lambda: {'settings': np.array(runs.canonical(runs.read_settings(r.folder)))}}
+    rng, refused = np.random.default_rng(0), 0
+    for path, load in files.items():
+        content, expected = path.read_bytes(), load()
+        for _ in range(667):
+            path.write_bytes(mutated(content, rng))
+            try: got = load()
+            except runs.ShardError: refused += 1
+            else: assert got.keys() == expected.keys() and all(np.array_equal(got[k], expected[k]) for k in expected)
+        path.write_bytes(content)
+    assert refused > 1900
+
+
+@pytest.mark.parametrize('content', [pickle.dumps({'a': 1}), b'PK\x03\x04' + b'\0' * 100, b'\x93NUMPY' + b'\0' * 100, b'\x02' + b'\0' * 7 + b'{}',
+                                     b'\x02' + b'\0' * 7 + b'[]', (2**62).to_bytes(8, 'little') + b'{}'])
+def test_other_formats_are_refused(content, tmp_path):
+    r = compute(DRILL, tmp_path)
+    r.path(0).write_bytes(content)
+    with pytest.raises(runs.ShardError): r.read(0)
+
+
+def test_absurd_sizes_are_refused_before_reading(tmp_path):
+    "A sparse file of 1 TiB costs nothing to refuse; neither does a header that claims 2^60 values."
+    import resource
+    r = compute(DRILL, tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    os.truncate(r.path(0), 2**40)
+    with pytest.raises(runs.ShardError, match='more than MAX_SHARD_BYTES'): r.read(0)
+    header = json.dumps({'a': {'dtype': 'F32', 'shape': [2**30, 2**30], 'data_offsets': [0, 2**62]}}).encode()
+    r.path(1).write_bytes(len(header).to_bytes(8, 'little') + header)
+    with pytest.raises(runs.ShardError): r.read(1)
+    os.truncate(r.folder / 'settings.json', 2**40)
+    with pytest.raises(runs.ShardError, match='more than'): runs.read_settings(r.folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+
+
+def test_a_pickle_in_the_store_is_never_loaded(tmp_path):
+    class Bomb:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / 'ran'),)
+    r = compute(DRILL, tmp_path)
+    for p in (r.path(0), r.folder / 'settings.json'): p.write_bytes(pickle.dumps(Bomb()))
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); compute(DRILL, tmp_path)
+    assert not (tmp_path / 'ran').exists() and r.missing() == []
+
+
+def test_a_link_in_the_store_is_not_followed(tmp_path):
+    "A hidden file replaced by a symbolic link must not make a client write elsewhere."
+    r = runs.open_run(DRILL, tmp_path)
+    r.folder.mkdir()
+    (tmp_path / 'victim').write_text('precious')
+    (r.folder / '.00000.safetensors.part').symlink_to(tmp_path / 'victim')
+    with pytest.raises(OSError): compute(DRILL, tmp_path)
+    assert (tmp_path / 'victim').read_text() == 'precious'
+
+
+# ---- command line -------------------------------------------------------------------------------
+def command(*args): return subprocess.run([sys.executable, '-c', 'import sys; from rab_nb.runs import main; sys.exit(main())', *map(str, args)], capture_output=True, text=True)
+
+
+def test_command_line(tmp_path, capsys):
+    wanted, store = tmp_path / 'wanted.json', ['--store', str(tmp_path / 'store')]
+    wanted.write_text(json.dumps([DRILL, DRILL | {'random_state': 1}]))
+    run = ['run', '--settings', str(wanted), '--jobs', '1', '--quiet', *store]
+    assert runs.main(run) == 0
+    ids = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert runs.main(['runs', 'list', *store]) == 0
+    listing = capsys.readouterr().out
+    assert all(i in listing for i in ids) and '3/3' in listing and 'kind=drill' in listing
+    folder = tmp_path / 'store' / ids[0]
+    (folder / '00001.safetensors').write_bytes(b'')
+    (folder / '.00002.safetensors.part').write_bytes(b'left by a dead client')
+    assert runs.main(['runs', 'verify', *store]) == 1 and '1 damaged' in capsys.readouterr().out
+    with pytest.warns(UserWarning): assert runs.main(run) == 0
+    assert runs.main(['runs', 'verify', *store, ids[0]]) == 0 and not list(folder.glob('.*'))
+    (folder / 'mine.txt').write_text('a file that is not ours')
+    assert runs.main(['runs', 'remove', *store, ids[0]]) == 2 and (folder / 'mine.txt').exists()
+    assert runs.main(['runs', 'remove', *store, ids[1]]) == 0 and not (tmp_path / 'store' / ids[1]).exists()
+
+
+def test_a_run_in_progress_is_not_removed(tmp_path):
+    r = compute(DRILL, tmp_path)
+    held = runs.claim(r.path(0))
+    with pytest.raises(ValueError, match='is being computed right now'): runs.remove(r)
+    held.release()
+    runs.remove(r)
+    assert not r.folder.exists()
+
+
+@pytest.mark.parametrize('args,said', [(['run', '--settings', 'absent.json'], 'absent.json'), (['runs', 'remove', 'ffff'], "'ffff'"), (['run', '--settings', __file__], 'is not JSON')])
+def test_command_line_errors_are_one_line(args, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('RAB_RUNS', str(tmp_path))
+    assert runs.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('rab-nb: ') and said in error and error.count('\n') == 1
+
+
+def test_help_needs_no_optional_library(tmp_path):
+    "On a bare node: none of nbdev, papermill, opacus, dask, pandas, matplotlib."
+    script = "import sys\nfor m in ('nbdev','papermill','opacus','dask','distributed','matplotlib','torchvision','fastcore','pandas','yaml'): sys.modules[m] = None\n" \
+             "from rab_nb.runs import main; sys.exit(main(sys.argv[1:]))"
+    (tmp_path / 'wanted.json').write_text(json.dumps([DRILL, TINY]))
+    args = ['run', '--settings', tmp_path / 'wanted.json', '--store', tmp_path, '--device', 'cpu', '--jobs', 1]
+    done = subprocess.run([sys.executable, '-c', script, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count('shards complete') == 2, done.stderr
+    assert '100%' in done.stderr
+    done = subprocess.run([sys.executable, '-c', script, *map(str, args), '--scheduler', 'tcp://127.0.0.1:1', '--store', str(tmp_path / 'b')], capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "rab-nb[cluster]"' in done.stderr
