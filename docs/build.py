@@ -2,6 +2,7 @@
 
 Nothing is executed: pages show the outputs that the notebooks were saved with (`make outputs-check` tells whether they are true)."""
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -73,13 +74,13 @@ def only_imports(cell):
     return bool(lines) and all(re.match(r'(import|from)\s|\)', line) for line in lines)
 
 
-def code_tags(cell):
+def code_tags(cell, page):
     "Tags tell the style sheet what a cell is, and myst-nb what to fold."
     said = [line.replace(' ', '') for line in directives(cell)]
     tags = list(cell.metadata.get('tags', []))
     tags += ['export'] * any(line.startswith('export') for line in said)
     tags += [word for word in ('slow', 'gpu') if word in said]
-    if only_imports(cell) or 'code-fold:true' in said: tags.append('hide-input')
+    if only_imports(cell) or 'code-fold:true' in said or page.startswith('results/'): tags.append('hide-input')
     if 'hide_input' in said or 'echo:false' in said: tags.append('remove-input')
     return tags
 
@@ -90,7 +91,7 @@ def alternative_text(cell, prose):
 
 
 def show_code(cell, prose, page):
-    cell.metadata.tags, alt = code_tags(cell), alternative_text(cell, prose)
+    cell.metadata.tags, alt = code_tags(cell, page), alternative_text(cell, prose)
     if only_imports(cell): cell.metadata.setdefault('mystnb', {})['code_prompt_show'] = 'Imports'
     if any('image/png' in output.get('data', {}) for output in cell.outputs):
         if not alt: raise SystemExit(f'{page}: no alternative text for the figure of\n{cell.source}\nwrite a sentence before it or `#| fig-alt: ...`')
@@ -107,6 +108,14 @@ def opening(text, page, path, module):
     if module: note += f' · module [rab_nb.{module}](/reference/{module}.md)'
     parts = [title, f'{{.lead}}\n{claim}' if claim else '', f'{{.origin}}\n{note}' if page != 'index' else '']
     return '\n\n'.join(filter(None, parts))
+
+
+def table_title(text, path):
+    "Six tables share a notebook: each page of results carries its own title."
+    facts = (ROOT / path).with_suffix('.json')
+    if not path.startswith('results/') or not facts.exists(): return text
+    facts = json.loads(facts.read_text())
+    return re.sub(r'^# .*$', lambda _: f'# Table {facts["number"]}: {facts["title"]}', text, count=1, flags=re.M)
 
 
 def module_of(notebook):
@@ -165,7 +174,7 @@ class Site:
             if cell.cell_type == 'markdown':
                 prose = cell.source
                 cell.source = self.link(cell.source, path, page, module)
-                if number == 0: cell.source = opening(cell.source, page, path, module)
+                if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module)
             else: cell = show_code(cell, prose, page)
             cells.append(cell)
         notebook.cells = self.front(cells) if page == 'index' else cells
@@ -205,11 +214,11 @@ class Site:
     def reference_index(self):
         modules = [m for m in self.modules.values() if m.public]
         modules.sort(key=lambda m: next((path for path in self.paths if page_of(path) == m.name), '~'))
-        rows = [f'| [rab_nb.{m.name}](/reference/{m.name}.md) | {reference.escape(m.doc)} | ' + ', '.join(self.names.link(f'`{x.name}`', m.name) for x in m.members) + ' |'
-                for m in modules]
+        entry = lambda m: f'## [rab_nb.{m.name}](/reference/{m.name}.md)\n\n{reference.escape(m.doc)}\n\n' + ', '.join(
+            f'{{py:obj}}`{x.name} <rab_nb.{m.name}.{x.name}>`' for x in m.members)
         tree = '```{toctree}\n:hidden:\n\n' + '\n'.join(m.name for m in modules) + '\n```'
         intro = 'Every public name: its signature, what each argument holds, the errors it raises and its source. A name in code type anywhere on this site leads here.'
-        return '\n\n'.join(['# Reference', f'{{.lead}}\n{intro}', '| module | what it holds | names |\n|---|---|---|\n' + '\n'.join(rows), tree]) + '\n'
+        return '\n\n'.join(['# Reference', f'{{.lead}}\n{intro}', *map(entry, modules), tree]) + '\n'
 
     def write_text(self, path, page, extra=''):
         if not (ROOT / path).exists(): return
@@ -224,12 +233,21 @@ class Site:
         titles = [f'Table {page[-1]} ({page.split("/")[1]}) </{page}>' for page in rest]
         return '\n\n```{toctree}\n:caption: Other profiles\n:hidden:\n\n' + '\n'.join(titles) + '\n```\n' if rest else ''
 
+    def copy_report(self):
+        "The self-contained report of `make tables`, with the files it links to."
+        for path in [*(ROOT / 'results').glob('index.html'), *(ROOT / 'results').glob('*/table[1-9].*')]:
+            target = self.source / 'extra/report' / path.relative_to(ROOT / 'results')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix in ('.html', '.csv', '.tex', '.ipynb'): shutil.copyfile(path, target)
+
     def build(self):
+        (self.source / 'extra').mkdir(parents=True)
         read = [self.read(path) for path in self.paths]
         for args in read: self.write(*args)
         self.write_reference()
         self.write_text('results/README.md', 'results/index', self.other_runs())
         self.write_text('CONTRIBUTING.md', 'contributing')
+        self.copy_report()
         if self.files.broken: raise SystemExit('links to nowhere:\n' + '\n'.join(self.files.broken))
         shutil.copytree(ROOT / 'docs/site', self.source, dirs_exist_ok=True, ignore=shutil.ignore_patterns('landing.md', '__pycache__'))
 
@@ -280,7 +298,7 @@ def check(site):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', type=Path, default=ROOT / '_site', help='folder of the finished site')
-    parser.add_argument('--work', type=Path, default=ROOT / '_proc', help='folder of the pages that Sphinx reads')
+    parser.add_argument('--work', type=Path, default=ROOT / 'build/docs', help='folder of the pages that Sphinx reads')
     args = parser.parse_args()
     for folder in (args.work, args.out): shutil.rmtree(folder, ignore_errors=True)
     Site(args.work / 'source').build()

@@ -131,6 +131,7 @@ class Files:
         if re.match(r'[a-z]+:|#|$', target): return f'{text}({slug(target)})' if target.startswith('#') else piece
         path, _, anchor = target.partition('#')
         path = os.path.normpath((Path(source).parent / path).as_posix())
+        if path == 'results/index.html': return f'<a href="{"../" * self.pages[source].count("/")}report/index.html">{text[1:-1]}</a>'
         return f'{text}({self.address(path, source, target)}{slug("#" + anchor) if anchor else ""})'
 
     def address(self, path, source, target):

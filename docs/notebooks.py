@@ -40,8 +40,13 @@ def skipped(cell, flags):
 
 def run(notebook, path, flags):
     "Execute as nbdev_test would; cells that are skipped keep the outputs they have."
-    with working_directory(path.parent):
-        CaptureShell(path.resolve(), mpl_format='png').run_all(notebook, exc_stop=True, preproc=lambda cell: skipped(cell, flags))
+    try:
+        with working_directory(path.parent):
+            CaptureShell(path.resolve(), mpl_format='png').run_all(notebook, exc_stop=True, preproc=lambda cell: skipped(cell, flags))
+    except Exception as error:
+        failed = [cell for cell in notebook.cells if any(o['output_type'] == 'error' for o in cell.get('outputs', []))]
+        where = f', cell {failed[-1].get("id", "?")}:\n{failed[-1].source}' if failed else ''
+        raise RuntimeError(f'{path} does not run{where}\n{type(error).__name__}: {error}') from None
     clean_nb(notebook, allowed_cell_metadata_keys=['tags'])
     return notebook
 
@@ -88,15 +93,15 @@ def differences(old, new):
 
 
 def check(path, run_flags=()):
-    "Complaints about one notebook: a cell that fails, or outputs that are no longer what it was saved with."
+    "Complaints about one notebook: outputs that are no longer what it was saved with."
     saved, flags = read_nb(path), passed_over(run_flags)
-    try: fresh = run(deepcopy(saved), path, flags)
-    except Exception as error: return [f'{path} does not run: {type(error).__name__}: {error}']
+    fresh = run(deepcopy(saved), path, flags)
     pairs = [(old, new) for old, new in zip(saved.cells, fresh.cells) if not skipped(old, flags)]
     return [f'{path}, cell {old.get("id", "?")}:\n{old.source[:300]}\n{text}\n' for old, new in pairs for text in differences(old, new)]
 
 
 def execute(path, run_flags=()):
+    "Save fresh outputs."
     write_nb(run(read_nb(path), path, passed_over(run_flags)), path)
     return []
 
@@ -121,9 +126,10 @@ def main():
         paths = args.notebooks or all_notebooks()
         jobs = [pool.submit(check if args.check else execute, path, ['slow'] if args.slow else []) for path in paths]
         for path, job in zip(paths, jobs):
-            complaints += job.result()
+            try: complaints += job.result()
+            except RuntimeError as error: complaints.append(str(error))
             print(path, flush=True)
-    if complaints: sys.exit('\n'.join(complaints) + f'\n{len(complaints)} outputs are not what the notebooks say; if that is right, run `make run-nbs`')
+    if complaints: sys.exit('\n'.join(complaints) + f'\n{len(complaints)} complaints' + '; where the new outputs are right, `make run-nbs` saves them' * args.check)
 
 
 if __name__ == '__main__': main()

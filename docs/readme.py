@@ -1,23 +1,54 @@
-"README.md from nbs/index.ipynb: hidden cells dropped, directives stripped, links made relative to the repository."
+"README.md from nbs/index.ipynb, `make readme`: hidden cells dropped, directives stripped, links seen from the repository's root."
+import base64
 import re
 from pathlib import Path
 
 import nbformat
-from nbconvert import MarkdownExporter
 
-root = Path(__file__).resolve().parent.parent
-notebook = nbformat.read(root / 'nbs/index.ipynb', 4)
-notebook.cells = [cell for cell in notebook.cells if not re.match(r'#\s*\|\s*(hide|default_exp)', cell.source)]
-for cell in notebook.cells:
-    if cell.cell_type == 'code':
-        cell.source = re.sub(r'^#\s*\|.*\n', '', cell.source, flags=re.M)
-notebook.metadata['language_info'] = {'name': 'python'}
-body, resources = MarkdownExporter().from_notebook_node(notebook)
-for name, content in resources['outputs'].items():
-    (root / 'docs/images').mkdir(exist_ok=True)
-    (root / 'docs/images' / name).write_bytes(content)
-    body = body.replace(f'({name})', f'(docs/images/{name})')
-body = re.sub(r'\]\((?!https?:|#|\.\./|docs/)([\w/.-]+\.(?:ipynb|yaml))', r'](nbs/\1', body)
-body = re.sub(r'\]\(\.\./', '](', body)
-note = '<!-- Written from nbs/index.ipynb by `make readme`; edit the notebook. -->\n\n'
-(root / 'README.md').write_text(note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n', encoding='utf-8')
+from links import last_sentence
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / 'docs/images'
+NOTE = '<!-- Written from nbs/index.ipynb by `make readme`; edit the notebook. -->'
+
+
+def pipe_table(html):
+    "A data frame's HTML as a Markdown table."
+    rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row, re.S) for row in re.findall(r'<tr.*?</tr>', html, re.S)]
+    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]])
+
+
+def shown(output, alt, number):
+    "One output as Markdown; a figure becomes a file beside this script."
+    data = output.get('data', {})
+    if 'image/png' in data:
+        IMAGES.mkdir(exist_ok=True)
+        (IMAGES / f'index-{number}.png').write_bytes(base64.b64decode(data['image/png']))
+        return f'![{alt}](docs/images/index-{number}.png)'
+    if '<table' in data.get('text/html', ''): return pipe_table(data['text/html'])
+    text = data.get('text/plain', output.get('text', '') if output.get('name') == 'stdout' else '')
+    return f'```\n{text.rstrip()}\n```' if text else ''
+
+
+def from_root(text):
+    "Links of a notebook in nbs/ as links of a file in the root."
+    text = re.sub(r'\]\((?![a-z]+:|#|\.\./|docs/)([\w/.-]+)', r'](nbs/\1', text)
+    return text.replace('](../', '](')
+
+
+def readme(notebook):
+    parts, alt = [NOTE], ''
+    for number, cell in enumerate(notebook.cells):
+        if re.match(r'#\s*\|\s*(hide|default_exp)', cell.source): continue
+        if cell.cell_type == 'markdown':
+            parts.append(from_root(cell.source))
+            alt = last_sentence(cell.source)
+        else:
+            parts.append('```python\n' + re.sub(r'^#\s*\|.*\n', '', cell.source, flags=re.M) + '\n```')
+            parts += [shown(output, alt, number) for output in cell.outputs]
+    return '\n\n'.join(filter(None, parts)) + '\n'
+
+
+if __name__ == '__main__':
+    (ROOT / 'README.md').write_text(readme(nbformat.read(ROOT / 'nbs/index.ipynb', 4)), encoding='utf-8')
