@@ -459,7 +459,7 @@ def where(name: str, # profile
         print(f"results/{name}/table{number}.md  {page['title']}: {page['verdict']}")
     print('All of them on one page: results/index.html')
 
-# %% ../nbs/32_report.ipynb #86401819
+# %% ../nbs/32_report.ipynb #44950aab
 def parser():
     "Arguments of `python -m rab_nb.report`."
     import argparse
@@ -484,4 +484,6 @@ def main(arguments=None # of the command line
     except ValueError as error: print(f'error: {error}', file=sys.stderr); return 2
     return 0
 
+# %% ../nbs/32_report.ipynb #8c86f2bb
+#| eval: false
 if __name__ == '__main__': sys.exit(main())
