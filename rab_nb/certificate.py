@@ -18,7 +18,7 @@ import numpy as np
 from . import bounds
 from .noise import GaussianNoise, LaplaceNoise, UniformNoise, noise_from_repr
 
-# %% ../nbs/03_certificate.ipynb #585d46ac
+# %% ../nbs/03_certificate.ipynb #5958f41a
 def check_probabilities(probabilities # (n_models, n_points, n_classes)
                        ) -> np.ndarray: # float64, in [0, 1], summing to one over the classes
     "Outputs of N models that a certificate may rest on, or a ValueError."
@@ -31,7 +31,7 @@ def check_probabilities(probabilities # (n_models, n_points, n_classes)
         model, point = np.unravel_index(gap.argmax(), gap.shape)
         raise ValueError(f'the outputs of model {model} at point {point} sum to {x[model, point].sum():.4g}, not to 1: '
                          'pass what a softmax returns, or p and 1 - p for two classes')
-    return x
+    return x / x.sum(2, keepdims=True)
 
 # %% ../nbs/03_certificate.ipynb #61235c3a
 def hard_votes(probabilities: np.ndarray # (..., n_classes)
@@ -113,7 +113,7 @@ class Certificate(Evidence):
     @classmethod
     def from_csv(cls, path): "Read what `to_csv` wrote."; return _from_csv(path)
 
-# %% ../nbs/03_certificate.ipynb #5c1c311d
+# %% ../nbs/03_certificate.ipynb #7e1c217a
 def _radius(noise, p_a, p_b, arguments, **logs):
     "Radius by the noise; NaN if it still depends on d or n_poisoned."
     if noise.norm == 'linf' and not {'d', 'n_poisoned'} <= set(arguments): return np.full(np.shape(p_a), np.nan)
@@ -121,6 +121,7 @@ def _radius(noise, p_a, p_b, arguments, **logs):
 
 def _certificate(top, p_a, p_b, noise, radius_arguments, **settings):
     "Certificate for the selected classes `top`: abstain where p_a <= p_b."
+    if not hasattr(noise, 'radius'): raise ValueError(f'noise must be a smoothing noise such as GaussianNoise(1.0), got {noise!r}')
     logs = {k: settings[k] for k in ('log_q_a', 'log_p_b') if settings.get(k) is not None}
     win = p_a > p_b
     radius = np.where(win, _radius(noise, p_a, p_b, radius_arguments, **logs), 0.)
@@ -272,13 +273,13 @@ def _explain(certificate, point=None):
     if c.prediction[point] < 0: return f'Point {point}: the classifier abstains, nothing is certified (p_A >= {c.p_a[point]:.4f}, p_B <= {c.p_b[point]:.4f}).'
     return f'Point {point}: class {c.prediction[point]}, radius {c.radius[point]:.4g}. {text}'
 
-# %% ../nbs/03_certificate.ipynb #506f0a71
+# %% ../nbs/03_certificate.ipynb #8007fb31
 def _summary(certificate):
     "One line: size, abstentions, radius, evidence."
     c = certificate
     how = 'computed probabilities' if c.bound == 'exact' else f'{c.bound} on {c.votes} votes of {c.n_models} models, alpha={c.alpha:g}'
     extra = [f'{name}={getattr(c, name)}' for name, usual in (('simultaneous', True), ('familywise', False)) if getattr(c, name) != usual]
-    radius = f'median radius {np.median(c.radius):.3g}' if len(c) else 'no radius'
+    radius = 'radius depends on n_poisoned' if np.isnan(c.radius).any() else f'median radius {np.median(c.radius) if len(c) else 0:.3g}'
     return ', '.join([f'{len(c)} points', f'{(c.prediction < 0).sum()} abstain', radius, how, *extra, repr(c.noise)])
 
 def _html(certificate, rows=8):
