@@ -203,7 +203,7 @@ def dnn(settings: dict, # of kind 'dnn', with 'environment'
 
 register('dnn', dnn, dnn_environment)
 
-# %% ../nbs/30_runs.ipynb #f150dccf
+# %% ../nbs/30_runs.ipynb #1d1414f4
 MAX_SHARD_BYTES = 2**31
 
 class ShardError(ValueError):
@@ -219,6 +219,7 @@ def checksum(arrays: dict, # name -> array
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
 
+# %% ../nbs/30_runs.ipynb #32e9187b
 def pack(run: str, # run_id
          shard: int, # shard number
          arrays: dict, # name -> array
@@ -271,6 +272,19 @@ def _same_file(path: Path, fd: int) -> bool:
     try: return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError: return False
 
+# %% ../nbs/30_runs.ipynb #b9cd796d
+def _write(fd: int, content: bytes) -> None:
+    os.ftruncate(fd, 0)
+    view = memoryview(content)
+    while view: view = view[os.write(fd, view):]
+    os.fsync(fd)
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try: os.fsync(fd)
+    except OSError: pass
+    finally: os.close(fd)
+
 # %% ../nbs/30_runs.ipynb #b7f8b93b
 @dataclass(frozen=True)
 class Claim:
@@ -290,19 +304,7 @@ class Claim:
         except BaseException: self.release(); raise
         os.close(self.fd)
 
-# %% ../nbs/30_runs.ipynb #bfe6600f
-def _write(fd: int, content: bytes) -> None:
-    os.ftruncate(fd, 0)
-    view = memoryview(content)
-    while view: view = view[os.write(fd, view):]
-    os.fsync(fd)
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    except OSError: pass
-    finally: os.close(fd)
-
+# %% ../nbs/30_runs.ipynb #1f57ec38
 def claim(path: Path # file to be written
          ) -> Claim | None: # None while another client holds it
     "Claim a file, taking over what a dead client left."
@@ -348,7 +350,7 @@ class Run:
 
     def statistics(self, name: str) -> VoteStatistics: return statistics(self, name)
 
-# %% ../nbs/30_runs.ipynb #ac76eb84
+# %% ../nbs/30_runs.ipynb #a9e8c44e
 def state(run: Run, # in a store
           shard: int # shard number
          ) -> str: # 'finished', 'missing', or what is wrong with the file
@@ -366,6 +368,7 @@ def missing(run: Run # in a store
         if wrong not in ('finished', 'missing'): warnings.warn(f'{run.path(shard)} {wrong}: it will be computed again', stacklevel=3)
     return [shard for shard, word in states.items() if word != 'finished']
 
+# %% ../nbs/30_runs.ipynb #de52582b
 def open_run(settings: dict, # plain values with kind, n_models, shard_size
              store=None, # see `store_root`
              device: str = 'auto' # 'auto', 'cpu' or 'cuda'
@@ -725,7 +728,7 @@ def read_summary(path # a file of `write_summary`
     statistics = {name: VoteStatistics(n, *(arrays[f'{name}.{part}'] for part in PARTS)) for name, n in note.pop('n_models').items()}
     return Summary(settings, statistics, note)
 
-# %% ../nbs/30_runs.ipynb #ddb6a8b6
+# %% ../nbs/30_runs.ipynb #fba249f6
 def runs_in(store=None # see `store_root`
            ) -> tuple[list, list]: # runs, messages about folders that hold none
     "All runs of a store, and what looks like one but is not."
@@ -737,6 +740,7 @@ def runs_in(store=None # see `store_root`
         except (OSError, ShardError) as e: wrong.append(f'{folder.name}: {e}')
     return found, wrong
 
+# %% ../nbs/30_runs.ipynb #130fb381
 def n_written(run: Run) -> int:
     "Shard files that exist, without a look inside."
     return sum(run.path(s).exists() for s in range(run.n_shards))
@@ -775,7 +779,7 @@ def _of_file(path: str) -> list: # of settings
     if not all(isinstance(s, dict) for s in given): raise ValueError(f'{path} must hold one object with settings, or a list of them')
     return given
 
-# %% ../nbs/30_runs.ipynb #12e56fc7
+# %% ../nbs/30_runs.ipynb #a333b2a5
 def _run(args) -> int:
     "rab-nb run"
     wanted = _of_file(args.settings) if args.settings else _of_tables(args)
@@ -783,7 +787,6 @@ def _run(args) -> int:
     for r in runs: print(f'{r.id[:16]}  {r.n_shards} shards complete')
     return 0
 
-# %% ../nbs/30_runs.ipynb #456e6342
 def _list(args) -> int:
     "rab-nb runs list"
     found, wrong = runs_in(args.store)
@@ -792,7 +795,7 @@ def _list(args) -> int:
         text = ' '.join(f'{k}={v}' for k, v in r.settings.items() if k != 'environment')
         print(f'{r.id[:16]}  {n_written(r):5d}/{r.n_shards:<5d} {size / 2**20:8.1f} MiB  {text}')
     for message in wrong: print(message)
-    print(f'{len(found)} runs in {store_root(args.store)}')
+    print(f'{len(found)} runs')
     return int(bool(wrong))
 
 # %% ../nbs/30_runs.ipynb #a9c0d3c2
