@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['BIN', 'CACHED', 'FAR', 'LEVELS', 'KEEP', 'PIECE', 'BLOCK', 'bin_moments', 'node_weights', 'bin_nodes', 'reach',
            'lowest', 'horizon', 'gaps', 'concentration_bound', 'window', 'at_nodes', 'hazard_tables',
-           'one_nn_integrand', 'log_sum', 'slope', 'integrate', 'unsettled', 'shrink', 'groups', 'rivals_nearest',
-           'solve', 'bucket_edges', 'between', 'log_increments', 'increments', 'row_probabilities', 'quantised_point',
-           'quantised', 'pieces', 'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'check_features',
-           'check_count', 'threads', 'prepare', 'law', 'block_law', 'all_laws', 'SmoothedKNNClassifier',
-           'certificate_of']
+           'one_nn_integrand', 'log_sum', 'slope', 'integrate', 'unsettled', 'shrink', 'contest', 'groups', 'extent',
+           'solve', 'elementary', 'without_one', 'multiply_in', 'times', 'capped', 'wins', 'nearest_points',
+           'at_points', 'rest_polynomials', 'point_factors', 'vote_integrand', 'knn_integrand', 'bucket_edges',
+           'between', 'log_increments', 'increments', 'row_probabilities', 'quantised_point', 'quantised', 'pieces',
+           'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'nearest_of_classes', 'check_features',
+           'check_count', 'threads', 'prepare', 'law', 'check_resolution', 'block_law', 'all_laws',
+           'SmoothedKNNClassifier', 'certificate_of']
 
 # %% ../nbs/22_knn.ipynb #f44e8707
 import math
@@ -81,7 +83,7 @@ def horizon(u, d: int, n: int) -> np.ndarray:
     "Distance before noise beyond which none of n points falls below u, but for a probability of 1e-18."
     return np.sqrt(np.maximum((u + reach(n))**2 - (d - 1), 0))
 
-# %% ../nbs/22_knn.ipynb #422b1a2f
+# %% ../nbs/22_knn.ipynb #d8d03d46
 FAR = 48. # gap in the mean noisy distance from which the concentration bound replaces the integral
 
 def gaps(near, # (b, C) distance of the class's nearest point, in units of sigma; inf for none
@@ -89,7 +91,7 @@ def gaps(near, # (b, C) distance of the class's nearest point, in units of sigma
          d: int # number of features
         ) -> np.ndarray: # (b, C), >= 0
     "Lower bound on the gap of the mean noisy distances."
-    return np.maximum(np.sqrt(d - 1 + near**2) - np.sqrt(d + lead**2), 0)
+    with np.errstate(invalid='ignore'): return np.fmax(np.sqrt(d - 1 + near**2) - np.sqrt(d + lead**2), 0)
 
 def concentration_bound(gap, pairs) -> np.ndarray:
     "log of the bound pairs * exp(-gap^2 / 4) on the probability that a class so far behind wins."
@@ -166,37 +168,156 @@ def shrink(log_f, u) -> tuple: # lowest and highest u, each (b,)
     alive = (log_f > log_f.max(-1, keepdims=True) - 45).any(1)
     return u[alive.argmax(1)], u[len(u) - 1 - alive[:, ::-1].argmax(1)]
 
-# %% ../nbs/22_knn.ipynb #dae7ff8b
+# %% ../nbs/22_knn.ipynb #5691cf15
+def contest(tops, k: int # (b, C, k) distances of the k nearest points of every class, increasing, inf for none; neighbours that vote
+           ) -> tuple: # (b, C), (b, C), (b,)
+    "What a class must bring (its m-th nearest), what it must beat, and the k-th nearest of all."
+    n_classes = tops.shape[1]
+    votes = -(-k // n_classes)
+    merged = lambda x: np.sort(x.reshape(len(x), -1), 1)
+    ahead = [merged(np.delete(tops, c, 1))[:, k - votes] if n_classes > 1 else np.full(len(tops), np.inf) for c in range(n_classes)]
+    return tops[:, :, votes - 1], np.stack(ahead, 1), merged(tops)[:, k - 1]
+
+# %% ../nbs/22_knn.ipynb #45867e8e
 def groups(u_low, u_high, s_low, s_high, rows, d: int, step: float) -> dict: # window -> positions in rows
     "Points that share a lattice."
     out = {}
     for k in rows: out.setdefault(window(u_low[k], u_high[k], s_low[k], s_high[k], d, step), []).append(k)
     return out
 
-def rivals_nearest(near) -> np.ndarray: # (b, C)
-    "Distance of the nearest point of all other classes."
-    if near.shape[1] == 1: return near
-    first, second = np.sort(near, 1)[:, :2].T
-    return np.where(near == first[:, None], second[:, None], first[:, None])
+def extent(s, d: int, k: int, lead, last, kth) -> tuple: # (b,) nearest, farthest that may decide, k-th nearest
+    "Ranges of u and s that carry the integrals of every point: u_low, u_high, s_low, s_high."
+    u_low, u_high = lowest(kth, d, s.shape[1]), np.sqrt(d + last**2) + reach(k)
+    inside = np.sqrt(np.maximum((u_low - 40)**2 - d, 0)) * (u_low > 40)
+    return u_low, u_high, np.maximum(lead, inside), np.minimum(s.amax(1).cpu().numpy(), horizon(u_high, d, s.shape[1]))
 
-# %% ../nbs/22_knn.ipynb #56471d0b
-def solve(s, near, n_classes: int, d: int, integrand # (b, n) distances, (b, C) nearest, function (s, window, p) -> log integrand
+# %% ../nbs/22_knn.ipynb #206f2cde
+def solve(s, tops, k: int, d: int, integrand # (b, n) distances, (b, C, k) nearest, neighbours that vote, features, (s, window, p) -> log integrand
          ) -> tuple: # log probability and relative error, each (b, C)
     "Probabilities of all classes at b points, refined until the error estimate is small."
-    lead, ahead, n = near.min(1), rivals_nearest(near), s.shape[1]
-    log_p, error = concentration_bound(gaps(near, ahead, d), n), np.zeros(near.shape)
-    far = gaps(near, ahead, d) > FAR
-    last = np.where(far, lead[:, None], near).max(1)
-    u_low, u_high, rows = lowest(lead, d, n), np.sqrt(d + last**2) + reach(1), np.flatnonzero(far.sum(1) < n_classes - 1)
-    s_max = s.amax(1).cpu().numpy()
+    need, ahead, kth = contest(tops, k)
+    gap = gaps(need, ahead, d)
+    far, log_p, error = gap > FAR, concentration_bound(gap, k*s.shape[1]), np.zeros(need.shape)
+    u_low, u_high, s_low, s_high = extent(s, d, k, tops[:, :, 0].min(1), np.maximum(np.where(far, 0, need).max(1), kth), kth)
+    rows = np.flatnonzero(far.sum(1) < need.shape[1] - 1)
     for step, p in LEVELS:
-        for grid, k in groups(u_low, u_high, lead, np.minimum(s_max, horizon(u_high, d, n)), rows, d, step).items():
-            log_f, u = integrand(s if len(k) == len(s) else s[k], grid, p), lattice(d, *grid).u
-            found, spread = integrate(log_f, u, near[k], d, p)
-            log_p[k], error[k] = np.where(far[k], log_p[k], found), np.where(far[k], 0, spread)
-            u_low[k], u_high[k] = shrink(log_f, u)
+        for grid, j in groups(u_low, u_high, s_low, s_high, rows, d, step).items():
+            log_f, u = integrand(s if len(j) == len(s) else s[j], grid, max(p, 14*(k > 1))), lattice(d, *grid).u
+            found, spread = integrate(log_f, u, np.where(far[j], 0, need[j]), d, p)
+            log_p[j], error[j] = np.where(far[j], log_p[j], found), np.where(far[j], 0, spread)
+            u_low[j], u_high[j] = shrink(log_f, u)
         rows = rows[unsettled(log_p[rows], error[rows])]
     return log_p, error
+
+# %% ../nbs/22_knn.ipynb #75e46cae
+def elementary(power_sums) -> np.ndarray: # (K + 1, ...): the r-th power sum at r >= 1; the first entry is not used
+    "Elementary symmetric polynomials e_0 ... e_K by Newton's identities."
+    e = np.ones_like(power_sums)
+    for k in range(1, len(e)):
+        e[k] = np.maximum(sum((-1)**(r - 1) * e[k - r] * power_sums[r] for r in range(1, k + 1)) / k, 0)
+    return e
+
+def without_one(e, rates) -> np.ndarray: # (K, ...)
+    "sum_i h_i e_k(odds without the i-th) from rates[r] = sum_i h_i o_i^r."
+    return np.stack([np.maximum(sum((-1)**r * rates[r] * e[k - r] for r in range(k + 1)), 0) for k in range(len(rates))])
+
+# %% ../nbs/22_knn.ipynb #1f24fdcd
+def multiply_in(value, rate, survival, inside, density): # (K + 1, b, C, J), (K, b, C, J); (R, b, C, J) each
+    "Extend the generating functions of count and rate by R points, in place."
+    for s, f, g in zip(survival, inside, density):
+        gained = rate[:-1] * f
+        rate *= s
+        rate[1:] += gained
+        rate += value[:-1] * g
+        gained = value[:-1] * f
+        value *= s
+        value[1:] += gained
+    return value, rate
+
+# %% ../nbs/22_knn.ipynb #e544ef80
+def times(a, b) -> tuple: # pairs (value, rate) of (m + 1, ...) arrays
+    "Product of two truncated polynomials over the dual numbers."
+    product = lambda x, y: np.stack([sum(x[i] * y[k - i] for i in range(k + 1)) for k in range(len(x))])
+    return product(a[0], b[0]), product(a[0], b[1]) + product(a[1], b[0])
+
+def capped(classes, most: int, degree: int) -> list:
+    "Each class's pair with at most `most` votes, up to a degree."
+    cut = lambda x: np.concatenate([x[:min(most, degree) + 1], np.zeros((max(degree - most, 0), *x.shape[1:]))])
+    return [(cut(v), cut(r)) for v, r in classes]
+
+def wins(classes) -> np.ndarray: # C pairs of (K + 1, b, J): V_{c,k} and the rate of gaining the k-th point
+    "Rate at which the K-th neighbour arrives and class c then has won, (b, C, J)."
+    k, out = len(classes[0][0]) - 1, 0
+    for m in range(1, k + 1):
+        one = np.zeros((k - m + 1, *classes[0][0].shape[1:]))
+        one[0] = 1
+        fewer, rest = [(one, 0*one)], [(one, 0*one)]
+        for a in capped(classes[:-1], m - 1, k - m): fewer.append(times(fewer[-1], a))
+        for a in capped(classes[:0:-1], m, k - m): rest.append(times(rest[-1], a))
+        others = [times(a, b) for a, b in zip(fewer, rest[::-1])]
+        out = out + np.stack([v[m]*o[1][k - m] + r[m]*o[0][k - m] for (v, r), o in zip(classes, others)], 1)
+    return out
+
+# %% ../nbs/22_knn.ipynb #fd1e7b67
+def nearest_points(s, y, n_classes: int, r: int # (b, n), (n,); how many
+                  ) -> tuple: # (b, C, r) their distances, inf where a class has fewer; s with them moved out of the way
+    "The r nearest points of every class, and the rest."
+    rest, top = s.clone(), s.new_full((len(s), n_classes, r), math.inf)
+    for c in range(n_classes):
+        rows = (y == c).nonzero()[:, 0]
+        found = s[:, rows].topk(min(r, len(rows)), dim=1, largest=False)
+        top[:, c, :len(rows)] = found.values
+        rest.scatter_(1, rows[found.indices], math.inf)
+    return top, rest
+
+def at_points(s, chi, table) -> np.ndarray: # (m,) distances within the lattice; (panels, 16, J)
+    "A table of a lattice at arbitrary distances, (m, J)."
+    z = (s - chi.start) / chi.panel
+    k = np.clip(z.astype(int), 0, len(table) - 1)
+    basis, out = interpolation(2*(z - k) - 1, 16), np.empty((len(s), table.shape[-1]))
+    for j in np.unique(k): out[k == j] = basis[k == j] @ table[j]
+    return out
+
+# %% ../nbs/22_knn.ipynb #e42ee0a2
+def rest_polynomials(w, chi, k: int, p: int, columns) -> tuple: # (b, C, n_bins * p) weights; number of neighbours; nodes wanted
+    "Generating functions of all but the nearest points: (K + 1, b, C, J) and (K, b, C, J)."
+    tables = [at_nodes(a[..., columns], chi.panel, p) for a in (chi.log_s, chi.log_h, chi.log_odds)]
+    flat = w.reshape(-1, w.shape[2])
+    total = lambda log_table: (flat @ log_table).reshape(*w.shape[:2], -1)
+    power = [total(np.exp(np.minimum(r*tables[2], 600.))) for r in range(k + 1)]
+    rates = [total(np.exp(np.minimum(tables[1] + r*tables[2], 600.))) for r in range(k)]
+    none_inside, e = np.exp(total(tables[0])), elementary(np.stack(power))
+    return e * none_inside, without_one(e, np.stack(rates)) * none_inside
+
+def point_factors(top, chi, columns) -> tuple: # (b, C, R) distances
+    "S, F and g of the nearest points, each (R, b, C, J)."
+    end = chi.start + chi.panel*len(chi.log_s)
+    s = np.minimum(np.maximum(top, chi.start), end).ravel()
+    log_s, log_h, log_odds = (at_points(s, chi, a[..., columns]).reshape(*top.shape, -1) for a in (chi.log_s, chi.log_h, chi.log_odds))
+    inside = (top < end)[..., None]
+    return [np.moveaxis(a, 2, 0) for a in (np.where(inside, np.exp(log_s), 1), np.where(inside, np.exp(log_odds + log_s), 0), np.where(inside, np.exp(log_h + log_s), 0))]
+
+def vote_integrand(w, top, chi, k: int, p: int, columns) -> np.ndarray: # (b, C, J) logarithms
+    "Log rate at which the K-th neighbour arrives and a class has won, weights of the rule included."
+    value, rate = multiply_in(*rest_polynomials(w, chi, k, p, columns), *point_factors(top, chi, columns))
+    rate = np.concatenate([np.zeros_like(rate[:1]), rate])
+    rates = wins([(value[:, :, c], rate[:, :, c]) for c in range(w.shape[1])])
+    with np.errstate(divide='ignore'): return np.log(np.maximum(rates, 0)) + np.log(chi.weight[columns])
+
+# %% ../nbs/22_knn.ipynb #8f93c75a
+def knn_integrand(s, y, n_classes: int, d: int, k: int, grid: tuple, p: int # as in `one_nn_integrand`; k neighbours
+                 ) -> np.ndarray: # (b, C, J) logarithms
+    "The integrand of the K-nearest-neighbour vote on a lattice."
+    if len(s) > 16: return np.concatenate([knn_integrand(part, y, n_classes, d, k, grid, p) for part in s.split(16)])
+    chi, (top, rest) = lattice(d, *grid), nearest_points(s, y, n_classes, 48 + 4*k)
+    n_bins = len(chi.log_s) * round(chi.panel / BIN)
+    w, top = node_weights(bin_moments(rest, y, n_classes, round(chi.start/BIN), n_bins, p)), top.cpu().numpy()
+    scan = vote_integrand(w, top, chi, k, p, slice(None, None, 8))
+    alive = np.flatnonzero((scan > scan.max(-1, keepdims=True) - 60).any((0, 1)))
+    columns = slice(max(0, 8*alive[0] - 16), 8*alive[-1] + 17)
+    out = np.full((len(s), n_classes, len(chi.u)), -np.inf)
+    out[..., columns] = vote_integrand(w, top, chi, k, p, columns)
+    return out
 
 # %% ../nbs/22_knn.ipynb #1425fd0e
 def bucket_edges(hazard, u, n_levels: int # (J,) increasing -log P(min > u), its radii, number of buckets L
@@ -308,7 +429,7 @@ def direct_distances(x, shift, sigma, t): # the same, for one test point (d,)
     "Distances by differences: ten times slower, and without cancellation."
     return torch.cat([(piece - t).square_().sum(1) for _, piece in pieces(x, shift, sigma)]).sqrt_()
 
-# %% ../nbs/22_knn.ipynb #5b7287e2
+# %% ../nbs/22_knn.ipynb #e0a150a7
 def cancels(t, near, d: int # (b, d) test points, centred and scaled; (b,) nearest distance
            ) -> np.ndarray: # (b,) bool
     "Test points whose distances by matrix product are not accurate enough."
@@ -321,6 +442,11 @@ def nearest(s, y, n_classes: int) -> np.ndarray: # (b, C)
     parts = [part.new_full((len(part), n_classes), math.inf).scatter_reduce_(1, y.expand(len(part), -1), part, 'amin')
              for part in s.split(max(1, CACHED // s.shape[1]))]
     return torch.cat(parts).cpu().numpy()
+
+def nearest_of_classes(s, y, n_classes: int, k: int) -> np.ndarray: # (b, C, k)
+    "Distances of every class's k nearest points, increasing; inf where there are fewer."
+    if k == 1: return nearest(s, y, n_classes)[..., None]
+    return np.sort(nearest_points(s, y, n_classes, k)[0].cpu().numpy(), 2)
 
 # %% ../nbs/22_knn.ipynb #d725f9b7
 BLOCK = 2**27 # bytes of one block of distances
@@ -341,7 +467,7 @@ def check_count(name: str, value, low: int) -> int:
         raise ValueError(f'{name} must be an integer >= {low}, got {value!r}')
     return int(value)
 
-# %% ../nbs/22_knn.ipynb #2608f13b
+# %% ../nbs/22_knn.ipynb #24b10dd4
 @contextmanager
 def threads(n_jobs):
     "Run with n_jobs threads; None leaves torch's setting."
@@ -352,11 +478,12 @@ def threads(n_jobs):
 
 def prepare(model, X, y):
     "Fit: checks, class numbers, mean, and the scaled copy of a small training set."
-    model.noise_, model.n_levels_ = GaussianNoise(model.sigma), model.n_levels and check_count('n_levels', model.n_levels, 2)
+    model.noise_, model.n_levels_ = GaussianNoise(model.sigma), None if model.n_levels is None else check_count('n_levels', model.n_levels, 2)
     x, y = check_features('X', X), np.asarray(y)
     if y.shape != (len(x),): raise ValueError(f'y must have shape ({len(x)},), one label for each row of X, got {y.shape}')
     if y.dtype.kind == 'f' and not np.isfinite(y).all(): raise ValueError('y contains NaN or infinity')
     if check_count('n_neighbors', model.n_neighbors, 1) > len(x): raise ValueError(f'n_neighbors must be at most the number of training points, {len(x)}, got {model.n_neighbors}')
+    if model.n_levels_ and model.n_neighbors > 1: raise ValueError(f'the quantised distance (n_levels) is defined for n_neighbors=1, got {model.n_neighbors}: use n_levels=None')
     device = torch.device('cpu' if model.device is None else model.device)
     model.classes_, number = np.unique(y, return_inverse=True)
     model.n_features_in_, model._y = x.shape[1], torch.as_tensor(number.astype(np.int64), device=device)
@@ -367,27 +494,33 @@ def prepare(model, X, y):
     model._norms = torch.cat([(piece*piece).sum(1) for _, piece in pieces(model._x, model._shift, model.sigma)])
     if not torch.isfinite(model._norms).all(): raise ValueError(f'the features are too large for sigma = {model.sigma}: squared distances overflow; rescale both')
 
-# %% ../nbs/22_knn.ipynb #843b86a7
-def law(model, s, near): # (b, n) distances, (b, C) nearest of every class
+# %% ../nbs/22_knn.ipynb #7221b7ab
+def law(model, s, tops): # (b, n) distances, (b, C, k) nearest of every class
     "Log probabilities and relative errors by the method that the parameters ask for."
-    n_classes, d = len(model.classes_), model.n_features_in_
-    if model.n_levels_: return quantised(s, model._y, near, d, model.n_levels_)
-    return solve(s, near, n_classes, d, lambda s, grid, p: one_nn_integrand(s, model._y, n_classes, d, grid, p))
+    k, y, n_classes, d = model.n_neighbors, model._y, len(model.classes_), model.n_features_in_
+    if model.n_levels_: return quantised(s, y, tops[..., 0], d, model.n_levels_)
+    if k == 1: return solve(s, tops, 1, d, lambda s, grid, p: one_nn_integrand(s, y, n_classes, d, grid, p))
+    return solve(s, tops, k, d, lambda s, grid, p: knn_integrand(s, y, n_classes, d, k, grid, p))
+
+def check_resolution(model, tops):
+    "A ValueError where rounding of the distances decides which point is nearest."
+    need, ahead, kth = contest(tops, model.n_neighbors)
+    if ((kth > 1e10) & ((gaps(need, ahead, model.n_features_in_) <= FAR).sum(1) > 1)).any():
+        raise ValueError(f'sigma = {model.sigma} is below the rounding error of distances of {kth.max()*model.sigma:.3g}, so the nearest points are not defined: use a larger sigma')
 
 def block_law(model, x): # (b, d) checked test points
     "Log probabilities and relative errors of one block of test points, each (b, C)."
     t = torch.as_tensor(x, device=model._mean.device).to(torch.float64).sub(model._mean).div_(model.sigma)
     s = noiseless_distances(model._x, model._shift, model.sigma, model._norms, t)
-    near = nearest(s, model._y, len(model.classes_))
-    for k in np.flatnonzero(cancels(t, near.min(1), model.n_features_in_)):
+    tops = nearest_of_classes(s, model._y, len(model.classes_), model.n_neighbors)
+    for k in np.flatnonzero(cancels(t, tops.min((1, 2)), model.n_features_in_)):
         s[k] = direct_distances(model._x, model._shift, model.sigma, t[k])
-        near[k] = nearest(s[k:k+1], model._y, len(model.classes_))
-    lead, ahead = near.min(1), rivals_nearest(near)
-    vague = (lead > 1e10) & ((gaps(near, ahead, model.n_features_in_) <= FAR).sum(1) > 1)
-    if vague.any(): raise ValueError(f'sigma = {model.sigma} is below the rounding error of distances of {lead.max()*model.sigma:.3g}: the nearest point is not defined; use a larger sigma')
-    log_p, error = law(model, s, near)
-    return log_p, error + 40*np.finfo(float).eps * lead[:, None] * (error > 0)
+        tops[k] = nearest_of_classes(s[k:k+1], model._y, len(model.classes_), model.n_neighbors)
+    check_resolution(model, tops)
+    log_p, error = law(model, s, tops)
+    return log_p, error + 40*np.finfo(float).eps * tops.min((1, 2))[:, None] * (error > 0)
 
+# %% ../nbs/22_knn.ipynb #6ea9ab9c
 def all_laws(model, X): # test points as the caller has them
     "Log probabilities and relative errors of all test points, in blocks."
     x = check_features('X', X)
