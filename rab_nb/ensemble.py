@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'STORED_BYTES', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 
            'gradient', 'train', 'one_thread', 'test_noise', 'answers', 'train_group', 'train_shard', 'check_inputs',
            'check_labels', 'map_groups', 'Voter', 'Trainer', 'save_models', 'load_models', 'RABClassifier']
 
-# %% ../nbs/20_ensemble.ipynb #58d6cca3
+# %% ../nbs/20_ensemble.ipynb #97933408
 import copy
 import hashlib
 import json
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .certificate import certify
 from .noise import generator, noise_from_repr, stream
-from .stacked import Stack, hashes, load_state, state
+from .stacked import Stack, check_independence, hashes, load_state, state
 
 # %% ../nbs/20_ensemble.ipynb #65cd5161
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def to_inputs(rows: torch.Tensor, # (..., d)
     c, h, w = shape
     return rows.unflatten(-1, (h, w, c)).movedim(-1, -3)
 
-# %% ../nbs/20_ensemble.ipynb #372a8883
-STORED_BYTES = 2**30 # noise of one model
+# %% ../nbs/20_ensemble.ipynb #3cc279bc
+STORED_BYTES = dict(cpu=2**31, cuda=2**34) # noise of a group of models
 
 def smoothed_rows(spec: TrainSpec, # resolved
                   rows: torch.Tensor, # (n, d) training inputs on the device
@@ -139,7 +139,7 @@ def smoothed_rows(spec: TrainSpec, # resolved
                  ): # function: (B,) row numbers -> (M, B, d) inputs plus noise
     "Access to the smoothed training sets of some models."
     def noise(shape, *index): return spec.noise.sample(shape, generator(spec.random_state, 'train-noise', *index, device=rows.device))
-    if 4 * rows.numel() <= STORED_BYTES:
+    if 4 * rows.numel() * len(models) <= STORED_BYTES[rows.device.type]:
         stored = torch.stack([rows + noise(rows.shape, k) for k in models])
         return lambda i: stored.index_select(1, i)
     def drawn(i):
@@ -198,7 +198,7 @@ def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
     with amp: outputs = stack(x)
     loss_per_sample(outputs, y).mean(-1).sum().backward()
 
-# %% ../nbs/20_ensemble.ipynb #679e42dc
+# %% ../nbs/20_ensemble.ipynb #ea10ce2c
 def train(spec: TrainSpec, # resolved
           x, y, # (n, ...) inputs and (n,) labels 0..C-1
           models, # numbers of the models: one whole group
@@ -208,8 +208,9 @@ def train(spec: TrainSpec, # resolved
     rows, shape = to_rows(x).to(spec.device), tuple(np.shape(x)[1:])
     y = torch.tensor(np.asarray(y, dtype=np.int64), device=spec.device)
     batch, step = smoothed_rows(spec, rows, models), 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(spec.random_state, 'layers'))
+    if spec.stack > 1: check_independence(spec.module, to_inputs(rows[:4], shape))
+    with torch.random.fork_rng(devices=[spec.device] if rows.is_cuda else []):
+        torch.manual_seed(stream(spec.random_state, 'layers', models[0]))
         stack = Stack(spec.module, len(models), spec.device, folded=spec.dp is not None)
         descend = adam_steps(stack.flat, spec.lr)
         for epoch in range(spec.epochs):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StackedLinear', 'to_channels', 'to_batch', 'Windows', 'conv_as_product', 'StackedConv2d', 'StackedBatchNorm',
-           'StackedGroupNorm', 'stacked_layer', 'fold', 'Stack', 'state', 'load_state', 'hashes']
+           'StackedGroupNorm', 'stacked_layer', 'fold', 'Stack', 'check_independence', 'state', 'load_state', 'hashes']
 
 # %% ../nbs/13_stacked.ipynb #463d7746
 import copy
@@ -136,18 +136,18 @@ def _views(flat, shapes, m):
         start += n
     return views
 
-# %% ../nbs/13_stacked.ipynb #3d344b1a
+# %% ../nbs/13_stacked.ipynb #4e51635d
 def fold(module: nn.Module # changed in place
-        ) -> bool: # False: some layer with weights has no stacked counterpart
-    "Replace every layer with weights by its stacked counterpart."
+        ) -> list: # names of the parts with weights that have no stacked counterpart
+    "Replace layers with weights by their stacked counterparts."
     new = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is None or not (child._parameters or child._buffers): continue
             if child not in new: new[child] = stacked_layer(child)
-            if new[child] is None: return False
-            parent._modules[name] = new[child]
-    return all(isinstance(m, _Stacked) or not (m._parameters or m._buffers) for m in module.modules())
+            if new[child] is not None: parent._modules[name] = new[child].train(child.training)
+    return [f'{name or "the module itself"} ({type(m).__name__})' for name, m in module.named_modules()
+            if not isinstance(m, _Stacked) and (m._parameters or m._buffers)]
 
 # %% ../nbs/13_stacked.ipynb #d4defcce
 def _attach(module, name, tensor, kind):
@@ -167,7 +167,7 @@ def _leaves(stack, start, trained):
         if name in views: leaf.grad = grads[name][0] if stack.mode == 'plain' else grads[name]
         yield name, leaf
 
-# %% ../nbs/13_stacked.ipynb #7de1d969
+# %% ../nbs/13_stacked.ipynb #749ffaf7
 class Stack:
     "M copies of a module with weights (M, ...) on one flat vector; called on (M, B, ...), it returns (M, B, outputs)."
     def __init__(self, module: nn.Module, # the network; its parameters are every model's initialisation
@@ -176,7 +176,8 @@ class Stack:
                  folded: bool = False # stacked layers even for one model, for code that hooks into them
                 ):
         self.n_models, self.module, original = n_models, copy.deepcopy(module).to(device), copy.deepcopy(module).to(device)
-        self.mode = 'plain' if n_models == 1 and not folded else 'fold' if fold(self.module) else 'vmap'
+        self.unfolded = fold(self.module) if n_models > 1 or folded else None
+        self.mode = 'plain' if self.unfolded is None else 'vmap' if self.unfolded else 'fold'
         if self.mode == 'vmap': self.module = original
         parameters = dict(original.named_parameters())
         trained = {k: p.shape for k, p in parameters.items() if p.requires_grad}
@@ -190,14 +191,29 @@ class Stack:
 
     def __call__(self, x): return _forward(self, x)
 
-# %% ../nbs/13_stacked.ipynb #245fb7ca
+# %% ../nbs/13_stacked.ipynb #c7ea8c7c
 def _forward(stack, x):
     if stack.mode == 'plain': return stack.module(x[0])[None]
     if stack.mode == 'fold': return stack.module(x.flatten(0, 1)).unflatten(0, (stack.n_models, -1))
     def one(weights, buffers, x): return functional_call(stack.module, (weights, buffers), (x,))
-    return vmap(one, randomness='same')(stack.weights, stack.buffers, x)
+    try: return vmap(one, randomness='different')(stack.weights, stack.buffers, x)
+    except (RuntimeError, NotImplementedError) as e:
+        raise ValueError(f'cannot stack {", ".join(stack.unfolded)}: {e}; train one model at a time with stack=1') from e
 
-# %% ../nbs/13_stacked.ipynb #70250be5
+# %% ../nbs/13_stacked.ipynb #74f851cd
+@torch.no_grad()
+def check_independence(module: nn.Module, x: torch.Tensor # (B, ...) some inputs
+                      ) -> None:
+    "ValueError if folding changes what the module computes."
+    module = copy.deepcopy(module).eval()
+    together, alone = Stack(module, 2, x.device), Stack(module, 1, x.device)
+    if together.mode != 'fold': return
+    x = torch.stack([x, 2 * x])
+    expected = torch.cat([alone(x[:1]), alone(x[1:])])
+    if not torch.allclose(together(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        raise ValueError('module mixes the samples of a batch outside its normalisation layers; train one model at a time with stack=1')
+
+# %% ../nbs/13_stacked.ipynb #f7912fcf
 def state(stack: Stack # any mode
          ) -> dict: # name -> (M, ...) tensor, parameters first, then buffers
     "Parameters and buffers of all models."
@@ -214,5 +230,5 @@ def load_state(stack: Stack, # changed in place
 def hashes(values: dict # as returned by `state`
           ) -> list: # M strings of 64 hexadecimal digits
     "SHA-256 of each model's raw bytes, tensors in order, row-major."
-    rows = [t.cpu().contiguous().flatten(1).numpy() for t in values.values()]
+    rows = [t.cpu().contiguous().reshape(len(t), -1).numpy() for t in values.values()]
     return [hashlib.sha256(b''.join(np.ascontiguousarray(r[m]).tobytes() for r in rows)).hexdigest() for m in range(len(rows[0]))]
