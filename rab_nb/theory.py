@@ -41,34 +41,35 @@ def confidence(g # class probabilities of the smoothed classifier, (..., n_class
     top = np.sort(np.asarray(g, float), axis=-1)
     return np.argmax(g, -1), top[..., -1], top[..., -2]
 
-# %% ../nbs/00_theory.ipynb #4865afe6
-def sort_cells(p, q # masses under eps and delta, one entry per cell
+# %% ../nbs/00_theory.ipynb #7d59759d
+def sort_cells(p, q, # masses under eps and delta, one entry per cell
+               tolerance=1e-9 # ratios that agree to this relative accuracy become one level
               ): # p, q and the ratio q / p, in increasing order of the ratio
-    "Cells ordered by likelihood ratio; ratios equal to 1e-9 become one level, cells outside the support of eps go."
+    "Cells ordered by likelihood ratio; cells outside the support of eps go."
     p, q = np.ravel(p).astype(float), np.ravel(q).astype(float)
     if p.shape != q.shape: raise ValueError(f'eps and delta need the same cells, got {p.size} and {q.size}')
     if not ((p >= 0) & (q >= 0)).all(): raise ValueError('masses must be >= 0 and free of NaN')
     if max(abs(p.sum() - 1), abs(q.sum() - 1)) > 1e-6: raise ValueError(f'masses must sum to 1, got {p.sum()} and {q.sum()}')
-    p, q = p[p > 0], q[p > 0]
+    p, q = p[p > 1e-300], q[p > 1e-300]
     order = np.argsort(q / p, kind='stable')
     p, q = p[order], q[order]
     ratio = q / p
-    new = np.r_[True, ratio[1:] > ratio[:-1] * (1 + 1e-9)]
-    return p, q, ratio[np.maximum.accumulate(np.where(new, np.arange(len(p)), 0))]
+    level = np.cumsum(np.r_[0, ratio[1:] > ratio[:-1] * (1 + tolerance)])
+    return p, q, (np.bincount(level, q) / np.bincount(level, p))[level]
 
-# %% ../nbs/00_theory.ipynb #91f52733
+# %% ../nbs/00_theory.ipynb #9eb4027c
 class LevelSets:
     "Two laws on common cells: zeta, its inverse and xi, (7) to (11), with a randomised threshold."
 
-    def __init__(self, p, q): # masses under eps and delta
-        self.p, self.q, self.ratio = sort_cells(p, q)
+    def __init__(self, p, q, tolerance=1e-9): # masses under eps and delta; see `sort_cells`
+        self.tolerance, (self.p, self.q, self.ratio) = tolerance, sort_cells(p, q, tolerance)
         self.cum_p, self.cum_q = (np.r_[0., np.cumsum(m)] for m in (self.p, self.q))
 
     def zeta(self, t, strict=False):
         "P_eps of the lower level set {ratio <= t}, or of the strict one {ratio < t}."
         return self.cum_p[self._level(t, -1 if strict else 1)]
 
-    def _level(self, t, side): return np.searchsorted(self.ratio, np.asarray(t) * (1 + side * 1e-9), 'right' if side > 0 else 'left')
+    def _level(self, t, side): return np.searchsorted(self.ratio, np.asarray(t) * (1 + side * self.tolerance), 'right' if side > 0 else 'left')
 
     def inverse(self, p):
         "inf{t >= 0: zeta(t) >= p}; infinite where no t reaches p."
@@ -97,7 +98,7 @@ def xi_over_sets(levels, # a LevelSets of a finite space
     room = p - levels.zeta(t, strict=True) + 1e-12
     return levels.xi(t, 0.) + t * sums[sums <= room].max(initial=0.)
 
-# %% ../nbs/00_theory.ipynb #a75d472b
+# %% ../nbs/00_theory.ipynb #1c8ff332
 def line_cells(eps, delta, # scipy.stats frozen continuous distributions
                n # cells per distribution and side
               ): # a LevelSets
@@ -105,9 +106,11 @@ def line_cells(eps, delta, # scipy.stats frozen continuous distributions
     u = np.r_[np.geomspace(1e-20, 16 / n, n // 4), np.arange(17, n // 2 + 1) / n]
     cuts = [f(u) for law in (eps, delta) for f in (law.ppf, law.isf)]
     edges, ends = np.unique(cuts), [*eps.support(), *delta.support(), -np.inf, np.inf]
-    fine = [cell_masses(law, edges) >= 1e-6 * np.minimum(law.cdf(edges), law.sf(edges))[:-1] for law in (eps, delta)]
-    edges = np.union1d(edges[:-1][fine[0] & fine[1]], ends)
-    return LevelSets(*(cell_masses(law, edges) for law in (eps, delta)))
+    masses = [cell_masses(law, edges) for law in (eps, delta)]
+    exact = [m > 1e-9 * np.minimum(law.cdf(edges), law.sf(edges))[:-1] for m, law in zip(masses, (eps, delta))]
+    keep = (exact[0] & exact[1]) | (np.maximum(*masses) > 1e-9)
+    edges = np.union1d(edges[:-1][keep], ends)
+    return LevelSets(*(cell_masses(law, edges) for law in (eps, delta)), tolerance=1e-6)
 
 def cell_masses(law, edges):
     "Probabilities of the cells between sorted edges, accurate in both tails."

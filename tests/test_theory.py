@@ -103,6 +103,21 @@ def test_cells_agree_with_closed_forms_within_their_error(pair):
     assert (zero == 0).all() and (np.abs(value - exact) <= error + 1e-9).all() and error[:-1].max() < 2e-5
 
 
+upper = lambda law, p: law.isf(p / 2)
+ORACLES = {'expon': (stats.expon(), stats.expon(scale=2), lambda e, d, p: d.cdf(e.ppf(p))), 'beta': (stats.beta(2, 3), stats.beta(3, 2), lambda e, d, p: d.cdf(e.ppf(p))),
+           'lognorm': (stats.lognorm(1), stats.lognorm(1, scale=2), lambda e, d, p: d.cdf(e.ppf(p))), 'wider': (stats.norm(), stats.norm(0, 2), lambda e, d, p: 2 * d.cdf(e.ppf((1 + p) / 2)) - 1),
+           'narrower': (stats.norm(), stats.norm(0, 1e-3), lambda e, d, p: 2 * d.sf(upper(e, p))), 'needle': (stats.norm(), stats.norm(0, 1e-8), lambda e, d, p: 2 * d.sf(upper(e, p))),
+           'moved expon': (stats.expon(.2), stats.expon(), lambda e, d, p: p * np.exp(-.2)), 'inside': (stats.uniform(0, 1), stats.uniform(.5, 1e-3), lambda e, d, p: np.maximum(p - .999, 0) / 1e-3),
+           'poisson': (stats.poisson(3), stats.poisson(4), lambda e, d, p: np.interp(p, e.cdf(np.arange(-1, 60)), d.cdf(np.arange(-1, 60))))}
+
+
+@pytest.mark.parametrize('eps, delta, oracle', ORACLES.values(), ids=ORACLES)
+def test_level_sets_that_are_known(eps, delta, oracle):
+    p = np.array([1e-6, .01, .3, .7, .99, .99999])
+    value, error = theory.least_vote(eps, delta, p)
+    assert (np.abs(value - oracle(eps, delta, p)) <= error + 1e-9).all() and error.max() < 1e-5
+
+
 def test_laws_of_any_kind():
     t = theory.least_vote(stats.t(3, .5), stats.t(3), [.2, .9])
     assert (t[1] < 1e-5).all() and (t[0] < [.2, .9]).all()
