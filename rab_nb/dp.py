@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'PRV_LIMIT', 'PAPER_SETTINGS', 'ghost', 'direct', 'ghost_is_
            'check_layers', 'opacus_gradient', 'DPSGD', 'gaussian_log_delta', 'gaussian_epsilon', 'poisson_epsilon',
            'epsilon', 'privacy_spent', 'privacy_table']
 
-# %% ../nbs/21_dp.ipynb #bb288408
+# %% ../nbs/21_dp.ipynb #37551c55
 import math
 import warnings
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch.autograd.graph import get_gradient_edge
 
-from .stacked import Stack, StackedConv2d, StackedGroupNorm, StackedLinear, Windows, stacked_layer
+from .stacked import Stack, StackedBatchNorm, StackedConv2d, StackedGroupNorm, StackedLinear, Windows, stacked_layer
 
 # %% ../nbs/21_dp.ipynb #fcc5f613
 def ghost(rows: torch.Tensor, # A: (M, B, L, i)
@@ -172,26 +172,28 @@ def add_noise(stack: Stack, # its gradient is changed in place
     noise = torch.stack([draw(g) for g in generators]).mul_(std)
     for w, part in zip(trained, noise.split(sizes, 1)): w.grad += part.view(w.shape)
 
-# %% ../nbs/21_dp.ipynb #3bcf968a
-def check_layers(module: nn.Module # before training
+# %% ../nbs/21_dp.ipynb #6396bd08
+def check_layers(module: nn.Module # a network, or the stacked module of a `Stack`
                 ) -> None: # or ValueError
     "Refuse layers whose per-sample gradients are undefined or unknown, by name."
     owners = {}
     for name, layer in module.named_modules():
-        where = f'layer {name!r}, {type(layer).__name__},'
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            c = layer.num_features
-            raise ValueError(f'{where} mixes the samples of a batch, so DP-SGD has no per-sample gradient to clip; use nn.GroupNorm({max(1, c // 4)}, {c}) '
-                             f"in its place (the networks in rab_nb.models take norm='group')")
+        where = f'layer {name!r}, {type(layer).__name__.removeprefix("Stacked")},'
+        if isinstance(layer, (nn.modules.batchnorm._BatchNorm, StackedBatchNorm)): raise ValueError(_no_batch_norm(where, layer))
         if not (layer._parameters or layer._buffers): continue
         if not _supported(layer): raise ValueError(f'{where} is not supported by DPSGD: weights may be in nn.Linear, nn.Conv2d (groups=1, dilation=1, zero padding) and nn.GroupNorm')
         for p in layer._parameters.values():
             if p is not None and owners.setdefault(p, name) != name:
                 raise ValueError(f'{where} shares a parameter with layer {owners[p]!r}; DPSGD supports a layer used twice, not two layers with one parameter')
 
+def _no_batch_norm(where, layer):
+    c = getattr(layer, 'num_features', None) or layer.running_mean.shape[-1]
+    return (f'{where} mixes the samples of a batch, so DP-SGD has no per-sample gradient to clip; use nn.GroupNorm({max(1, c // 4)}, {c}) '
+            f"in its place (the networks in rab_nb.models take norm='group')")
+
 def _supported(layer):
-    plain_conv = not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.dilation == (1, 1))
-    return plain_conv and type(stacked_layer(layer)) in PARTS
+    layer = layer if type(layer) in PARTS else stacked_layer(layer)
+    return type(layer) in PARTS and (getattr(layer, 'groups', 1), getattr(layer, 'dilation', (1, 1))) == (1, (1, 1))
 
 # %% ../nbs/21_dp.ipynb #78ec2b13
 def _needs_opacus(what):
@@ -243,7 +245,7 @@ class DPSGD:
         private = _ghost_gradient if self.engine == 'ghost' else opacus_gradient
         private(self, stack, x, y, loss, generators, batch_size, models, step)
 
-# %% ../nbs/21_dp.ipynb #d6347ea6
+# %% ../nbs/21_dp.ipynb #167ae83b
 def _check_settings(dp):
     for name, allowed, ok in ('max_grad_norm', '> 0', lambda v: v > 0), ('noise_multiplier', '>= 0', lambda v: v >= 0):
         value = getattr(dp, name)
@@ -252,7 +254,7 @@ def _check_settings(dp):
     if dp.engine not in ('ghost', 'opacus'): raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
 
 def _ghost_gradient(dp, stack, x, y, loss, generators, batch_size, models, step):
-    if stack.mode != 'fold': check_layers(stack.module)
+    check_layers(stack.module)
     clipped_sum(stack, x, y, loss, dp.max_grad_norm, models, step)
     if dp.noise_multiplier: add_noise(stack, dp.noise_multiplier * dp.max_grad_norm, generators)
     stack.flat.grad /= batch_size
