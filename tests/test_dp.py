@@ -3,7 +3,6 @@ import copy
 import math
 import sys
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -106,20 +105,19 @@ def train_with_opacus(net, X, y, C, batch_size, make, lr):
 @pytest.mark.parametrize('make_net, shape', [
     (mnist_cnn, (1, 28, 28)), (lambda: mnist_cnn(n_outputs=10), (1, 28, 28)), (lambda: small_resnet(norm='group'), (3, 16, 16)),
     (lambda: preact_resnet(n_blocks=2, widths=(8, 16, 32), norm='group'), (3, 8, 8)), (lambda: mlp(12), (12,))], ids=['mnist', 'mnist-10', 'small-resnet', 'preact', 'mlp'])
-@pytest.mark.parametrize('make, lr, atol', [(torch.optim.SGD, .02, 1e-5), (partial(torch.optim.Adam, eps=1e-4), 1e-3, 1e-4)], ids=['sgd', 'adam'])
-def test_twenty_steps_equal_opacus(make_net, shape, make, lr, atol):
-    # Adam with its usual eps of 1e-8 turns round-off in near-zero gradients into steps of size lr: Opacus in float32 then differs from itself in float64 by 1e-3.
+def test_twenty_steps_equal_opacus(make_net, shape):
+    # Plain descent: Adam turns round-off in near-zero gradients into steps of size lr, and Opacus in float32 then differs from itself in float64 by 1e-3.
     torch.manual_seed(0)
     net, X, y = make_net(), torch.rand(2, 160, *shape), torch.randint(0, 2, (160,))
     stack, dp = Stack(net, 2), DPSGD(.7, 0.)
-    start, optimiser = stack.flat.clone(), make([stack.flat], lr=lr)
+    start, optimiser = stack.flat.clone(), torch.optim.SGD([stack.flat], lr=.02)
     for i in torch.arange(160).split(8):
         dp.gradient(stack, X[:, i], y[i], loss_per_sample, [None, None], batch_size=8)
         optimiser.step()
     assert (stack.flat - start).abs().max() > 2e-3
     for m in range(2):
-        for name, p in train_with_opacus(net, X[m], y, .7, 8, make, lr).items():
-            torch.testing.assert_close(stack.weights[name][m].detach(), p.detach(), rtol=0, atol=atol)
+        for name, p in train_with_opacus(net, X[m], y, .7, 8, torch.optim.SGD, .02).items():
+            torch.testing.assert_close(stack.weights[name][m].detach(), p.detach(), rtol=0, atol=1e-5)
 
 
 def test_noise_has_the_scale_of_sigma_C_over_B_and_differs_between_models():
