@@ -12,11 +12,12 @@ __all__ = ['KINDS', 'TRIGGERS', 'MODULES', 'NEEDED', 'DNN_VERSION', 'MAX_SHARD_B
            'run', 'statistics', 'Summary', 'experiment_id', 'summarize', 'write_summary', 'read_summary', 'runs_in',
            'n_written', 'remove', 'main']
 
-# %% ../nbs/30_runs.ipynb #c245ed67
+# %% ../nbs/30_runs.ipynb #c4ffb12b
 import argparse
 import contextlib
 import errno
 import hashlib
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -565,7 +566,7 @@ def in_processes(jobs, # of Job or None
     finally:
         for w in workers: w.stop()
 
-# %% ../nbs/30_runs.ipynb #e69b8308
+# %% ../nbs/30_runs.ipynb #ed1fd22c
 def _in_dask(kind: Kind, settings: dict, shard: int) -> tuple:
     "`compute` on a Dask worker."
     torch.set_num_threads(1)
@@ -578,6 +579,7 @@ def _client(address: str, patience: float):
     try: return Client(address, timeout=patience, set_as_default=False)
     except (OSError, TimeoutError) as e: raise ConnectionError(f'no Dask scheduler answered at {address} within {patience} s ({type(e).__name__}): finished shards are safe, start one and run again') from None
 
+# %% ../nbs/30_runs.ipynb #1751a39f
 def _submit(client, job: Job, retries: int):
     "One shard as a Dask task."
     resources = {'GPU': 1} if job.run.settings['environment'].get('device') == 'cuda' else None
@@ -586,10 +588,14 @@ def _submit(client, job: Job, retries: int):
 def _gather(client, jobs: list, retries: int): # yields job, arrays, note
     "Submit everything and yield results in the order in which they finish; ConnectionError when the scheduler is lost."
     from distributed import as_completed
+    from distributed.client import FutureCancelledError
     asked = {_submit(client, job, retries): job for job in jobs}
     for future in as_completed(list(asked), loop=client.loop):
-        if future.cancelled(): raise ConnectionError('the scheduler has forgotten its tasks')
-        yield asked.pop(future), *future.result()
+        job = asked.pop(future)
+        if future.status == 'error': raise RuntimeError(f'shard {job.shard} of run {job.run.id[:16]} failed on Dask: {future.exception()!r}') from future.exception()
+        try: result = future.result()
+        except FutureCancelledError: raise ConnectionError('it has forgotten its tasks') from None
+        yield job, *result
 
 # %% ../nbs/30_runs.ipynb #f92b4609
 def on_cluster(jobs: list, # of Job
@@ -779,9 +785,10 @@ def _of_file(path: str) -> list: # of settings
     if not all(isinstance(s, dict) for s in given): raise ValueError(f'{path} must hold one object with settings, or a list of them')
     return given
 
-# %% ../nbs/30_runs.ipynb #a333b2a5
+# %% ../nbs/30_runs.ipynb #d4d891be
 def _run(args) -> int:
     "rab-nb run"
+    importlib.import_module('rab_nb.tables')
     wanted = _of_file(args.settings) if args.settings else _of_tables(args)
     runs = run_all(wanted, args.store, args.jobs, args.scheduler, args.device, progress=not args.quiet)
     for r in runs: print(f'{r.id[:16]}  {r.n_shards} shards complete')

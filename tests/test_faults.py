@@ -186,6 +186,27 @@ def test_dask_equals_local(settings, cluster, tmp_path, undisturbed, outcome):
     outcome('bit-identical to each other and to a run in one process')
 
 
+def table1(store, monkeypatch, **how):
+    "Table 1 of the profile quick (2 epochs instead of 20) from a store, as the text of its csv file."
+    from rab_nb import tables
+    profile = tables.load_profile('quick')
+    profile['ensemble']['mnist']['epochs'] = 2
+    rows = tables.rows_of(tables.spec(1), profile)
+    runs.run_all([s for row in rows for s in tables.runs_of(row, profile).values()], store, device='cpu', progress=False, **how)
+    monkeypatch.setenv('RAB_RUNS', str(store))
+    found = tables.finish(tables.spec(1), profile, compute=False)
+    assert len(found) == len(rows) == 24
+    return tables.beside_paper(tables.with_means(tables.tidy(found, tables.spec(1))), tables.spec(1)).to_csv(index=False)
+
+
+def test_dask_table(cluster, tmp_path, monkeypatch, outcome):
+    "none: quick Table 1 from two Dask workers and from this process"
+    text = table1(tmp_path / 'dask', monkeypatch, scheduler=cluster.address)
+    assert text == table1(tmp_path / 'local', monkeypatch, n_jobs=1)
+    assert text.count('\n') > 500
+    outcome(f'table1.csv is the same to the byte ({len(text)} bytes)')
+
+
 def test_dask_worker_killed(settings, cluster, tmp_path, undisturbed, outcome):
     "kill -9 of a Dask worker in mid-shard"
     run = client(settings, tmp_path, '--scheduler', cluster.address)
@@ -241,6 +262,16 @@ def test_dask_resources(cluster, tmp_path, outcome):
     r = runs.run(dict(kind='where', n_models=4, shard_size=1), tmp_path, scheduler=cluster.address, progress=False)
     assert {bytes(row) for row in r.arrays('worker')} == {b'with-gpu'}
     outcome('all shards were computed by that worker')
+
+
+def test_dask_shard_fails(cluster, tmp_path, outcome):
+    "a file that the Dask workers do not have"
+    def shard(settings, i): open('/there/is/no/such/file')
+    runs.register('failing', shard)
+    with pytest.raises(RuntimeError, match='shard 0 of run .* failed on Dask: FileNotFoundError'):
+        runs.run(dict(kind='failing', n_models=1, shard_size=1), tmp_path, scheduler=cluster.address, progress=False)
+    assert not list(tmp_path.rglob('*.part'))
+    outcome('tried three times, then an error that names the shard and the file; not taken for a lost scheduler')
 
 
 # ---- damaged files ------------------------------------------------------------------------------

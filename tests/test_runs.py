@@ -246,7 +246,7 @@ def test_command_line_errors_are_one_line(args, said, capsys, tmp_path, monkeypa
     assert error.startswith('rab-nb: ') and said in error and error.count('\n') == 1
 
 
-def test_help_needs_no_optional_library(tmp_path):
+def test_bare_node(tmp_path):
     "On a bare node: none of nbdev, papermill, opacus, dask, pandas, matplotlib."
     script = "import sys\nfor m in ('nbdev','papermill','opacus','dask','distributed','matplotlib','torchvision','fastcore','pandas','yaml'): sys.modules[m] = None\n" \
              "from rab_nb.runs import main; sys.exit(main(sys.argv[1:]))"
