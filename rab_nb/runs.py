@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'TRIGGERS', 'MODULES', 'NEEDED', 'DNN_VERSION', 'MAX_SHARD_B
            'run', 'statistics', 'Summary', 'experiment_id', 'summarize', 'write_summary', 'read_summary', 'runs_in',
            'n_written', 'remove', 'main']
 
-# %% ../nbs/30_runs.ipynb #c4ffb12b
+# %% ../nbs/30_runs.ipynb #d7475f5d
 import argparse
 import contextlib
 import errno
@@ -34,6 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 # %% ../nbs/30_runs.ipynb #d18f37cb
@@ -273,7 +274,7 @@ def _same_file(path: Path, fd: int) -> bool:
     try: return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError: return False
 
-# %% ../nbs/30_runs.ipynb #b9cd796d
+# %% ../nbs/30_runs.ipynb #157b2966
 def _write(fd: int, content: bytes) -> None:
     os.ftruncate(fd, 0)
     view = memoryview(content)
@@ -281,10 +282,10 @@ def _write(fd: int, content: bytes) -> None:
     os.fsync(fd)
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    except OSError: pass
-    finally: os.close(fd)
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
 
 # %% ../nbs/30_runs.ipynb #b7f8b93b
 @dataclass(frozen=True)
@@ -473,18 +474,17 @@ def here(jobs # of Job or None
             except BaseException: job.claim.release(); raise
             yield job, *result
 
-# %% ../nbs/30_runs.ipynb #65c40927
+# %% ../nbs/30_runs.ipynb #c52d2cac
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
-def _attempt(conn, number: int) -> tuple:
+def _attempt(job: bytes, number: int) -> tuple:
     "One shard: (result, None) or (None, what went wrong)."
     try:
-        kind, settings, shard = conn.recv()
+        kind, settings, shard = ForkingPickler.loads(job)
         if settings['environment'].get('device') == 'cuda': torch.cuda.set_device(number % torch.cuda.device_count())
         return compute(kind, settings, shard), None
-    except (EOFError, ConnectionError): raise
     except Exception: return None, traceback.format_exc()
 
 def _serve(conn, number: int) -> None:
@@ -493,9 +493,9 @@ def _serve(conn, number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
-        while True: conn.send(_attempt(conn, number))
+        while True: conn.send(_attempt(conn.recv_bytes(), number))
 
-# %% ../nbs/30_runs.ipynb #05174eb1
+# %% ../nbs/30_runs.ipynb #c2fe9074
 class Worker:
     "A process that computes one job at a time."
     def __init__(self, number: int): # chooses the GPU, where there are several
@@ -511,8 +511,8 @@ class Worker:
 
     def give(self, job: Job) -> None:
         self.job, self.deaths = job, 0
-        if not self.process.is_alive(): self.conn.close(); self.start()
-        self.conn.send(job.call)
+        try: self.conn.send(job.call)
+        except OSError: self.conn.close(); self.start(); self.conn.send(job.call)
 
     def stop(self) -> None:
         self.process.kill(); self.process.join(); self.conn.close()
@@ -597,10 +597,10 @@ def _gather(client, jobs: list, retries: int): # yields job, arrays, note
         except FutureCancelledError: raise ConnectionError('it has forgotten its tasks') from None
         yield job, *result
 
-# %% ../nbs/30_runs.ipynb #f92b4609
+# %% ../nbs/30_runs.ipynb #49186d52
 def on_cluster(jobs: list, # of Job
                address: str, # of a Dask scheduler, 'tcp://...'
-                retries: int = 2, # how often Dask repeats a failed shard
+               retries: int = 2, # how often Dask repeats a failed shard
                patience: float = 60 # seconds to wait for a scheduler, at the start or after losing it
               ): # yields job, arrays, note
     "Compute jobs on the workers of a Dask scheduler."
@@ -614,7 +614,7 @@ def on_cluster(jobs: list, # of Job
         except OSError as e: warnings.warn(f'lost the scheduler at {address} ({e}): waiting for it with {len(left)} shards to go', stacklevel=2)
         finally: client.close(timeout=2)
 
-# %% ../nbs/30_runs.ipynb #48acab65
+# %% ../nbs/30_runs.ipynb #c5cd8a2a
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SHUT = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -625,7 +625,7 @@ def explained(store: Path # root of the store
     try: yield
     except OSError as e:
         if e.errno in FULL: raise OSError(e.errno, f'no space left for the run store {store}: finished shards are safe; free some space and run again') from e
-        if e.errno in SHUT: raise PermissionError(e.errno, f'the run store {store} cannot be written: pass another store or set RAB_RUNS') from e
+        if e.errno in SHUT and str(store) in str(e.filename): raise PermissionError(e.errno, f'the run store {store} cannot be written: pass another store or set RAB_RUNS') from e
         raise
 
 def n_workers(n_jobs: int | None, # processes; None: as many as this process may use CPUs, or GPUs
