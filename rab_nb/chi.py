@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['debye_polynomials', 'debye_series', 'log_bessel_large', 'log_bessel', 'log_density', 'softplus', 'unsoftplus',
-           'panel_width', 'chebyshev_nodes', 'chebyshev_values', 'cardinal_coefficients', 'interpolation',
+           'panel_width', 'chebyshev_nodes', 'chebyshev_values', 'cardinal_coefficients', 'interpolation', 'between',
            'cell_integrals', 'tail_ratios', 'log_tails', 'Lattice', 'lattice']
 
-# %% ../nbs/19_chi.ipynb #f439948e
+# %% ../nbs/19_chi.ipynb #50d61840
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -100,12 +101,30 @@ def interpolation(x, p: int # points in [-1, 1], number of nodes
     "Matrix that takes values at the p Chebyshev nodes to values at x."
     return chebyshev_values(x, p) @ cardinal_coefficients(p).T
 
-# %% ../nbs/19_chi.ipynb #e656eaac
-def cell_integrals(u, s, d, log_g) -> np.ndarray: # (cells, len(s))
-    "Integral of g(., s) over every cell of the lattice, divided by g at the cell's lower end."
+# %% ../nbs/19_chi.ipynb #3103121b
+def between(x, size: int, order: int = 12 # positions in units of the step, number of nodes, points of the polynomial
+           ) -> np.ndarray: # (len(x), size)
+    "Matrix of local polynomial interpolation on a uniform grid (barycentric form)."
+    order = min(order, size)
+    start = np.clip(np.floor(x).astype(int) - order//2 + 1, 0, size - order)
+    k = np.arange(order)
+    gap = (x - start)[:, None] - k
+    gap = np.where(np.abs(gap) < 1e-12, 1e-12, gap)
+    w = (-1.)**k * [math.comb(order - 1, j) for j in k] / gap
+    out = np.zeros((len(x), size))
+    np.put_along_axis(out, start[:, None] + k, w / w.sum(1, keepdims=True), 1)
+    return out
+
+# %% ../nbs/19_chi.ipynb #2ed633ee
+def cell_integrals(v, log_g) -> np.ndarray: # (J,) uniform, (J, S) -> (J - 11, S)
+    "Integral of g du over the cells [v_j, v_{j+1}] with 5 more nodes on both sides, divided by g at the cell's lower end."
+    cells, step = len(v) - 11, v[1] - v[0]
     x, w = leggauss(5)
-    width = np.diff(u)[:, None]
-    return width/2 * sum(w[k] * np.exp(log_density(u[:-1, None] + width*(x[k] + 1)/2, s, d) - log_g[:-1]) for k in range(5))
+    theta, total = (x + 1)/2, 0
+    for t, weight, c in zip(theta, w/2, between(5 + theta, 12)):
+        at = sum(c[m] * log_g[m:m + cells] for m in range(12)) - log_g[5:5 + cells]
+        total = total + (weight * step / (1 + np.exp(-(v[5:5 + cells] + t*step))))[:, None] * np.exp(at)
+    return total
 
 def tail_ratios(cells, growth, u_first, d) -> tuple: # F/g and S/g, each (nodes, len(s))
     "Cumulative integrals of g from below and from above, divided by g."
@@ -116,17 +135,18 @@ def tail_ratios(cells, growth, u_first, d) -> tuple: # F/g and S/g, each (nodes,
         for j in reversed(range(len(cells))): above[j] = cells[j] + growth[j]*above[j + 1]
     return below, above
 
-# %% ../nbs/19_chi.ipynb #42941512
-def log_tails(u, s, d) -> tuple: # log g, log F, log S, each (len(u), len(s))
-    "Density and both tails of the non-central chi law on an increasing lattice u."
-    log_g = log_density(u[:, None], s, d)
-    below, above = tail_ratios(cell_integrals(u, s, d, log_g), np.exp(np.diff(log_g, axis=0)), u[0], d)
+# %% ../nbs/19_chi.ipynb #716f06a2
+def log_tails(v, s, d) -> tuple: # uniform lattice (J,), (S,) distances -> log g, log F, log S, each (J - 10, S)
+    "Density and both tails of the non-central chi law at softplus(v), but for 5 nodes at both ends."
+    log_g = log_density(softplus(v)[:, None], s, d)
+    cells, log_g = cell_integrals(v, log_g), log_g[5:-5]
+    below, above = tail_ratios(cells, np.exp(np.diff(log_g, axis=0)), softplus(v[5]), d)
     with np.errstate(over='ignore', invalid='ignore'): log_f, log_s = log_g + np.log(below), log_g + np.log(above)
     low = log_f < -.7
     with np.errstate(over='ignore', invalid='ignore', divide='ignore'):
         return log_g, np.where(low, log_f, np.log1p(-np.exp(log_s))), np.where(low, np.log1p(-np.exp(log_f)), log_s)
 
-# %% ../nbs/19_chi.ipynb #b5f2dae4
+# %% ../nbs/19_chi.ipynb #c4425b8a
 @dataclass(frozen=True, eq=False)
 class Lattice:
     "Tables of the non-central chi law on trapezoidal nodes in u and Chebyshev panels in s."
@@ -145,10 +165,10 @@ def lattice(d: int, # number of features
             step: float = 1/16 # of the trapezoidal rule, in v
            ) -> Lattice:
     "The tables on softplus(step * [low, high]) x panel_width(d) * [s_low, s_high]."
-    extra, panel = int(8.5 / step), panel_width(d)
+    extra, panel = int(8.5 / step) + 5, panel_width(d)
     v = np.arange(low - extra, high + extra + 1) * step
     s = ((np.arange(s_low, s_high)[:, None] + (chebyshev_nodes(16) + 1)/2) * panel).ravel()
-    log_g, log_f, log_s = log_tails(softplus(v), s, d)
+    log_g, log_f, log_s = log_tails(v, s, d)
     keep = slice(extra, len(v) - extra)
-    fold = lambda a: np.ascontiguousarray(a[keep].T.reshape(-1, 16, high - low + 1))
+    fold = lambda a: np.ascontiguousarray(a[extra - 5:5 - extra].T.reshape(-1, 16, high - low + 1))
     return Lattice(softplus(v[keep]), step / (1 + np.exp(-v[keep])), s_low*panel, panel, fold(log_s), fold(log_g - log_s), fold(log_f - log_s))

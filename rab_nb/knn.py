@@ -8,12 +8,12 @@ __all__ = ['BIN', 'CACHED', 'FAR', 'LEVELS', 'KEEP', 'PIECE', 'BLOCK', 'bin_mome
            'one_nn_integrand', 'log_sum', 'slope', 'integrate', 'unsettled', 'shrink', 'contest', 'groups', 'extent',
            'solve', 'elementary', 'without_one', 'multiply_in', 'times', 'capped', 'wins', 'nearest_points',
            'at_points', 'rest_polynomials', 'point_factors', 'vote_integrand', 'knn_integrand', 'bucket_edges',
-           'between', 'log_increments', 'increments', 'row_probabilities', 'quantised_point', 'quantised', 'pieces',
+           'log_increments', 'increments', 'row_probabilities', 'quantised_point', 'quantised', 'pieces',
            'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'nearest_of_classes', 'check_features',
            'check_count', 'threads', 'prepare', 'law', 'check_resolution', 'block_law', 'all_laws',
            'SmoothedKNNClassifier', 'certificate_of']
 
-# %% ../nbs/22_knn.ipynb #f44e8707
+# %% ../nbs/22_knn.ipynb #379b96ab
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
 from .certificate import exact_certificate
-from .chi import cardinal_coefficients, chebyshev_nodes, interpolation, lattice, panel_width, unsoftplus
+from .chi import between, cardinal_coefficients, chebyshev_nodes, interpolation, lattice, panel_width, unsoftplus
 from .noise import GaussianNoise
 
 # %% ../nbs/22_knn.ipynb #e23db263
@@ -327,20 +327,7 @@ def bucket_edges(hazard, u, n_levels: int # (J,) increasing -log P(min > u), its
     wanted = l / (n_levels - l)
     return np.unique(np.interp(wanted[wanted < hazard[-1]], np.maximum.accumulate(hazard), u))
 
-# %% ../nbs/22_knn.ipynb #10e3336a
-def between(x, size: int, order: int = 12 # positions in units of the step, number of nodes, points of the polynomial
-           ) -> np.ndarray: # (len(x), size)
-    "Matrix of local polynomial interpolation on a uniform grid (barycentric form)."
-    order = min(order, size)
-    start = np.clip(np.floor(x).astype(int) - order//2 + 1, 0, size - order)
-    k = np.arange(order)
-    gap = (x - start)[:, None] - k
-    gap = np.where(np.abs(gap) < 1e-12, 1e-12, gap)
-    w = (-1.)**k * [math.comb(order - 1, j) for j in k] / gap
-    out = np.zeros((len(x), size))
-    np.put_along_axis(out, start[:, None] + k, w / w.sum(1, keepdims=True), 1)
-    return out
-
+# %% ../nbs/22_knn.ipynb #2207d90b
 def log_increments(chi, edges) -> tuple: # (panels, 16, L) log delta, (panels, 16, L - 1) log S at the edges
     "log(log S(b_{l-1}) - log S(b_l)) at the nodes of a lattice's panels, for all buckets but the last."
     v = unsoftplus(chi.u)
