@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SMALL', 'STORED_BYTES', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 'initial_module', 'has_bf16', 'resolved',
            'identity', 'to_rows', 'to_inputs', 'smoothed_rows', 'batches', 'loss_per_sample', 'soft', 'adam_steps',
-           'gradient', 'train', 'one_thread', 'test_noise', 'answers', 'train_group', 'train_shard', 'check_inputs',
-           'check_labels', 'map_groups', 'Voter', 'Trainer', 'save_models', 'load_models', 'RABClassifier']
+           'gradient', 'train', 'one_thread', 'draw_u', 'answers', 'train_group', 'train_shard', 'check_inputs',
+           'check_labels', 'map_groups', 'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter',
+           'finished', 'check_outputs', 'fingerprint', 'RABClassifier']
 
 # %% ../nbs/20_ensemble.ipynb #97933408
 import copy
@@ -147,11 +148,11 @@ def smoothed_rows(spec: TrainSpec, # resolved
         return rows[i] + torch.stack(z)
     return drawn
 
-# %% ../nbs/20_ensemble.ipynb #e27e4e78
+# %% ../nbs/20_ensemble.ipynb #c461fa8e
 def batches(spec: TrainSpec, # batch_size, random_state
             epoch: int, # from 0
             n: int # training points
-           ) -> list: # of (B,) row numbers
+           ) -> list: # of (B,) row numbers; the last batch may be smaller
     "Row numbers of the batches of one epoch."
     return list(torch.randperm(n, generator=generator(spec.random_state, 'batches', epoch)).split(spec.batch_size))
 
@@ -198,17 +199,17 @@ def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
     with amp: outputs = stack(x)
     loss_per_sample(outputs, y).mean(-1).sum().backward()
 
-# %% ../nbs/20_ensemble.ipynb #ea10ce2c
+# %% ../nbs/20_ensemble.ipynb #66b82d2d
 def train(spec: TrainSpec, # resolved
           x, y, # (n, ...) inputs and (n,) labels 0..C-1
           models, # numbers of the models: one whole group
-          after_epoch # called as after_epoch(epochs done, stack)
+          after_epoch=lambda epochs, stack: None # called with the number of epochs done
          ) -> Stack: # trained
     "Train the models side by side."
     rows, shape = to_rows(x).to(spec.device), tuple(np.shape(x)[1:])
     y = torch.tensor(np.asarray(y, dtype=np.int64), device=spec.device)
-    batch, step = smoothed_rows(spec, rows, models), 0
     if spec.stack > 1: check_independence(spec.module, to_inputs(rows[:4], shape))
+    batch, step = smoothed_rows(spec, rows, models), 0
     with torch.random.fork_rng(devices=[spec.device] if rows.is_cuda else []):
         torch.manual_seed(stream(spec.random_state, 'layers', models[0]))
         stack = Stack(spec.module, len(models), spec.device, folded=spec.dp is not None)
@@ -231,10 +232,10 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/20_ensemble.ipynb #f47043a4
+# %% ../nbs/20_ensemble.ipynb #1ec9c5b1
 EVAL_BLOCK = 512 # points evaluated at once
 
-def test_noise(spec: TrainSpec, # noise, test_noise
+def draw_u(spec: TrainSpec, # noise, test_noise
                d: int, # values per input
                digests: list # one hash per model
               ) -> torch.Tensor: # (M, 1, d)
@@ -248,7 +249,7 @@ def answers(spec: TrainSpec, stack: Stack, digests: list, # hashes of the models
            ) -> np.ndarray: # (M, n, C) float32
     "Soft outputs of every model at x + u."
     rows, shape = to_rows(x), tuple(np.shape(x)[1:])
-    u = test_noise(spec, rows.shape[1], digests).to(spec.device)
+    u = draw_u(spec, rows.shape[1], digests).to(spec.device)
     stack.module.eval()
     blocks = [soft(stack(to_inputs(block.to(spec.device) + u, shape))) for block in rows.split(EVAL_BLOCK)]
     return torch.cat(blocks, 1).cpu().numpy()
@@ -341,14 +342,82 @@ def map_groups(task, # picklable function of a group's number
     if min(effective_n_jobs(n_jobs), len(groups)) <= 1: yield from (_call(task, g) for g in groups)
     else: yield from Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_call)(task, g) for g in groups)
 
-# %% ../nbs/20_ensemble.ipynb #fca3a47e
-class Voter(ClassifierMixin, BaseEstimator):
-    "What can be asked of N trained models."
-    def model_probabilities(self, X) -> np.ndarray: # X: (n, ...) inputs, or the name of one of fit's eval_sets; (N, n, C)
-        "Soft outputs h_k(X) of every model."
-        check_is_fitted(self, 'groups_')
-        return _stored(self, X) if isinstance(X, str) else _computed(self, check_inputs(X, self.input_shape_))
+# %% ../nbs/20_ensemble.ipynb #51b98e1b
+def train_groups(spec: TrainSpec, # resolved
+                 x, y, x_evals: dict, # as in `train_shard`
+                 n: int, # number of models, N
+                 done: dict, # group number -> its result, filled in place
+                 keep_models: bool = True, n_jobs=None, # worker processes
+                 verbose: bool = False # a progress bar over the models, with rate and time left
+                ) -> None:
+    "Train what is missing of N models."
+    size = {g: min(spec.stack, n - g * spec.stack) for g in range(-(-n // spec.stack))}
+    task = partial(train_group, spec, x, y, x_evals, keep_models=keep_models)
+    with tqdm(total=n, initial=sum(size.get(g, 0) for g in done), unit='model', disable=not verbose) as bar:
+        missing = [g for g in size if g not in done]
+        for g, result in map_groups(task, missing, n_jobs if spec.device == 'cpu' else 1):
+            done[g] = result
+            bar.update(size[g])
 
+# %% ../nbs/20_ensemble.ipynb #836c6d54
+def answer_groups(spec: TrainSpec, # resolved
+                  done: dict, # as filled by `train_groups` with keep_models
+                  x # (n, ...) inputs
+                 ): # yields (M, n, C) of each group
+    "Soft outputs of trained groups at x + u."
+    for group in done.values():
+        states = {k: torch.from_numpy(v) for k, v in group['models'].items()}
+        stack = load_state(Stack(spec.module, spec.stack, spec.device), states)
+        with one_thread(): yield answers(spec, stack, group['hashes'], x)
+
+# %% ../nbs/20_ensemble.ipynb #7715ba41
+def save_groups(path, done: dict, about: dict # plain values to keep beside the models
+               ) -> None:
+    "Write trained groups to a safetensors file."
+    from safetensors.numpy import save_file
+    groups = list(done.values())
+    text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=list(groups[0]['models'])))
+    save_file({k: np.concatenate([g['models'][k] for g in groups]) for k in groups[0]['models']}, path, metadata=dict(rab_nb=text))
+
+def load_groups(path, module: nn.Module # what `save_groups` wrote; the network that was trained
+               ) -> tuple: # groups as from `train_groups`, about
+    "Read trained groups and check them."
+    from safetensors import safe_open
+    with safe_open(path, 'numpy') as f:
+        about = json.loads(f.metadata()['rab_nb'])
+        arrays = {k: f.get_tensor(k) for k in about['names']}
+    expected = {k: tuple(v.shape) for k, v in [*module.named_parameters(), *module.named_buffers()]}
+    found = {k: a.shape[1:] for k, a in arrays.items()}
+    if found != expected: raise ValueError(f'the file holds models with parameters {found}, module has {expected}')
+    if hashes({k: torch.from_numpy(a) for k, a in arrays.items()}) != sum(about['hashes'], []):
+        raise ValueError(f'{path} does not hold the models that were saved: the file is damaged')
+    m = len(about['hashes'][0])
+    parts = [{k: np.ascontiguousarray(a[i * m:(i + 1) * m]) for k, a in arrays.items()} for i in range(len(about['groups']))]
+    return {g: dict(models=p, hashes=h, probabilities={}) for g, p, h in zip(about['groups'], parts, about['hashes'])}, about
+
+# %% ../nbs/20_ensemble.ipynb #f4b62e78
+class _Settings(BaseEstimator):
+    def __init__(self, module, # nn.Module: its parameters are the initialisation; or a function that makes one
+                 noise, # smoothing noise, e.g. GaussianNoise(1.0)
+                 n_estimators: int = 100, # N
+                 epochs: int = 2, batch_size: int = 128, lr: float = 1e-3, # of Adam
+                 dp=None, # private gradients, e.g. DPSGD(5.0, 4.0)
+                 random_state: int = 0,
+                 device: str = 'auto', n_jobs: int = None, # worker processes on a CPU
+                 precision: str = 'auto', stack='auto', # 'float32' or 'bf16'; models trained side by side, which bounds the memory
+                 test_noise: str = 'hash', # or 'none': answer f(x) instead of f(x + u)
+                 keep_models: bool = True, # False: keep only the outputs at fit's eval_sets
+                 warm_start: bool = False, # True: a second fit on the same data trains only what is missing
+                 verbose: bool = False # progress bar
+                ):
+        self.module, self.noise, self.n_estimators, self.dp = module, noise, n_estimators, dp
+        self.epochs, self.batch_size, self.lr, self.random_state = epochs, batch_size, lr, random_state
+        self.device, self.n_jobs, self.precision, self.stack = device, n_jobs, precision, stack
+        self.test_noise, self.keep_models, self.warm_start, self.verbose = test_noise, keep_models, warm_start, verbose
+
+# %% ../nbs/20_ensemble.ipynb #506e006c
+class Voter(ClassifierMixin):
+    "Votes and certificates from `model_probabilities`, `classes_` and `noise`."
     def predict_proba(self, X) -> np.ndarray: # (n, C)
         "Average of the models' soft outputs."
         return self.model_probabilities(X).mean(0)
@@ -361,132 +430,90 @@ class Voter(ClassifierMixin, BaseEstimator):
         "Certificates at X, see `certificate.certify`; predictions are positions in `classes_`, -1 abstains."
         return certify(self.model_probabilities(X), self.noise, alpha, bound, votes, **options)
 
-# %% ../nbs/20_ensemble.ipynb #2d4707fa
-def _join(self, values): # (M, ...) of every group -> (N, ...)
-    numbers = [k for g in self.groups_ for k in range(g * self.spec_.stack, (g + 1) * self.spec_.stack)]
-    return np.concatenate(list(values))[np.array(numbers) < self.n_estimators]
+# %% ../nbs/20_ensemble.ipynb #fc7617ba
+def finished(done: dict, # group number -> result
+             stack: int, n: int # models per group, models wanted
+            ) -> np.ndarray: # boolean, one per model of the groups that are done
+    "Which models of the finished groups belong to the ensemble."
+    return np.array([g * stack + j < n for g in done for j in range(stack)])
 
-def _stored(self, name):
-    known = list(next(iter(self.groups_.values()))['probabilities'])
-    if name not in known: raise ValueError(f'no evaluation set {name!r} was given to fit; it had {known}')
-    return _join(self, (part['probabilities'][name] for part in self.groups_.values()))
+# %% ../nbs/20_ensemble.ipynb #ea8cb949
+def _stored(group, name):
+    if name not in group['probabilities']: raise ValueError(f'no evaluation set {name!r} was given to fit; it had {list(group["probabilities"])}')
+    return group['probabilities'][name]
 
-def _evaluate(spec, groups, X, group):
-    part = groups[group]
-    stack = load_state(Stack(spec.module, spec.stack, spec.device), {k: torch.from_numpy(v) for k, v in part['models'].items()})
-    return answers(spec, stack, part['hashes'], X)
+def _about(self):
+    settings = {k: getattr(self.spec_, k) for k in ('epochs', 'batch_size', 'lr', 'random_state', 'test_noise', 'precision', 'stack', 'device')}
+    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise), dp=repr(self.dp), classes=self.classes_.tolist(), input_shape=self.input_shape_)
 
-def _computed(self, X):
-    if not self.keep_models: raise ValueError("keep_models=False kept only the outputs at fit's eval_sets; ask for one of them by name")
-    task = partial(_evaluate, self.spec_, self.groups_, X)
-    return _join(self, (part for _, part in sorted(map_groups(task, list(self.groups_), 1))))
+def _load(cls, path, module):
+    groups, about = load_groups(path, initial_module(module, 0))
+    self = cls(module, noise_from_repr(about['noise']), **about['settings'])
+    if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
+    self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
+    self.n_features_in_, self.spec_, self.groups_ = math.prod(self.input_shape_), _spec(self), groups
+    return self
 
-# %% ../nbs/20_ensemble.ipynb #428fa217
-class Trainer(Voter):
-    "Fitting of N models."
+# %% ../nbs/20_ensemble.ipynb #2383f96d
+def check_outputs(spec: TrainSpec, x # resolved; some inputs
+                 ) -> None:
+    "ValueError if the module does not map inputs to one logit, or one per class."
+    with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(x[:2])).shape)
+    n = len(x[:2])
+    allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
+    if shape not in allowed:
+        raise ValueError(f'module must map {n} inputs to outputs of shape {" or ".join(map(str, allowed))} for {spec.n_classes} classes, got {shape}')
+
+def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
+               ) -> str: # 64 hexadecimal digits
+    "Hash of everything that a group's result depends on."
+    digest = hashlib.sha256(repr(identity(spec)).encode() + x.tobytes() + y.tobytes())
+    for name, e in x_evals.items(): digest.update(name.encode() + e.tobytes())
+    return digest.hexdigest()
+
+# %% ../nbs/20_ensemble.ipynb #ad12463d
+class _Fit(Voter, _Settings):
     def fit(self, X, y, # (n, ...) inputs, (n,) labels
             eval_sets: dict = None # name -> inputs: also keep every model's outputs at these points
            ):
-        "Train the models; Algorithm 1 up to its vote."
+        "Train the models: Algorithm 1 up to its vote."
         _whole('n_estimators', self.n_estimators)
         X = check_inputs(X)
-        self.classes_, numbers = check_labels(y, len(X))
+        self.classes_, y = check_labels(y, len(X))
         self.input_shape_, self.n_features_in_ = X.shape[1:], math.prod(X.shape[1:])
         evals = {name: check_inputs(e, self.input_shape_) for name, e in (eval_sets or {}).items()}
         if not (evals or self.keep_models): raise ValueError('keep_models=False keeps only outputs: give fit some eval_sets')
-        self.spec_ = resolved(_spec(self, len(self.classes_)))
-        _check_outputs(self.spec_, X)
-        data = hashlib.sha256(repr(identity(self.spec_)).encode() + X.tobytes() + numbers.tobytes() + repr(list(evals)).encode()).hexdigest()
+        self.spec_ = _spec(self)
+        check_outputs(self.spec_, X)
+        data = fingerprint(self.spec_, X, y, evals)
         if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
         self._data = data
-        _train_missing(self, X, numbers, evals)
+        train_groups(self.spec_, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs, self.verbose)
         return self
 
-# %% ../nbs/20_ensemble.ipynb #b4d9f08a
-def _spec(self, n_classes):
+def _spec(self):
     names = [f.name for f in fields(TrainSpec) if f.name not in ('n_classes', 'snapshots')]
-    return TrainSpec(n_classes=n_classes, **{name: getattr(self, name) for name in names})
+    return resolved(TrainSpec(n_classes=len(self.classes_), **{name: getattr(self, name) for name in names}))
 
-def _check_outputs(spec, X):
-    with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(X[:2])).shape)
-    n = len(X[:2])
-    allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
-    if shape not in allowed: raise ValueError(f'module must map {n} inputs to outputs of shape {" or ".join(map(str, allowed))} for {spec.n_classes} classes, got {shape}')
-
-def _train_missing(self, X, y, evals):
-    n = self.n_estimators
-    missing = [g for g in range(-(-n // self.spec_.stack)) if g not in self.groups_]
-    task = partial(train_group, self.spec_, X, y, evals, keep_models=self.keep_models)
-    n_jobs = self.n_jobs if self.spec_.device == 'cpu' else 1
-    with tqdm(total=n, unit='model', disable=not self.verbose) as bar:
-        bar.update(n - sum(min(self.spec_.stack, n - g * self.spec_.stack) for g in missing))
-        try:
-            for g, part in map_groups(task, missing, n_jobs):
-                self.groups_[g] = part
-                bar.update(min(self.spec_.stack, n - g * self.spec_.stack))
-        finally: self.groups_ = dict(sorted(self.groups_.items()))
-
-# %% ../nbs/20_ensemble.ipynb #3399d174
-def save_models(self, path: str) -> None: # of the file, *.safetensors
-    "Write the trained models and what belongs to them."
-    from safetensors.numpy import save_file
-    check_is_fitted(self, 'groups_')
-    if not self.keep_models: raise ValueError('keep_models=False kept no models to save')
-    parts = list(self.groups_.values())
-    about = {k: v for k, v in self.get_params().items() if k not in ('module', 'noise', 'dp', 'verbose', 'n_jobs')} | identity(self.spec_)
-    about |= dict(noise=repr(self.noise), classes=self.classes_.tolist(), input_shape=self.input_shape_, groups=list(self.groups_))
-    about |= dict(hashes=[p['hashes'] for p in parts], names=list(parts[0]['models']))
-    arrays = {name: np.concatenate([p['models'][name] for p in parts]) for name in about['names']}
-    save_file(arrays, path, metadata=dict(rab_nb=json.dumps(about)))
-
-# %% ../nbs/20_ensemble.ipynb #5c546225
-def load_models(cls, path: str, module): # the file; the same module or function that `fit` had
-    "Read what `save_models` wrote."
-    from safetensors import safe_open
-    with safe_open(path, 'numpy') as f:
-        about = json.loads(f.metadata()['rab_nb'])
-        arrays = {name: f.get_tensor(name) for name in about['names']}
-    names = [p for p in cls._get_param_names() if p in about and p not in ('module', 'noise', 'dp')]
-    self = cls(module, noise_from_repr(about['noise']), **{p: about[p] for p in names})
-    self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
-    self.n_features_in_, self.spec_ = math.prod(self.input_shape_), resolved(_spec(self, len(self.classes_)))
-    _check_names(self.spec_.module, arrays)
-    split = {g: {k: np.ascontiguousarray(a[i * self.spec_.stack:(i + 1) * self.spec_.stack]) for k, a in arrays.items()} for i, g in enumerate(about['groups'])}
-    self.groups_ = {g: dict(models=m, hashes=h, probabilities={}) for (g, m), h in zip(split.items(), about['hashes'])}
-    _check_hashes(self.groups_)
-    return self
-
-# %% ../nbs/20_ensemble.ipynb #6f9f8519
-def _check_names(module, arrays):
-    expected = {k: tuple(v.shape) for k, v in [*module.named_parameters(), *module.named_buffers()]}
-    found = {k: a.shape[1:] for k, a in arrays.items()}
-    if expected != found: raise ValueError(f'the file holds models with parameters {found}, module has {expected}')
-
-def _check_hashes(groups):
-    for g, part in groups.items():
-        if hashes({k: torch.from_numpy(v) for k, v in part['models'].items()}) != part['hashes']:
-            raise ValueError(f'group {g} of the file does not have the hashes that it was saved with: the file is damaged')
-
-# %% ../nbs/20_ensemble.ipynb #d3212739
-class RABClassifier(Trainer):
+# %% ../nbs/20_ensemble.ipynb #89c1ff12
+class RABClassifier(_Fit):
     "Smoothed ensemble of Algorithm 1 with certificates against backdoors in the training set."
-    def __init__(self, module, # nn.Module: its parameters are the initialisation; or a function that makes one
-                 noise, # smoothing noise, e.g. GaussianNoise(1.0)
-                 n_estimators: int = 100, # N
-                 epochs: int = 2, batch_size: int = 128, lr: float = 1e-3, # of Adam
-                 dp=None, # private gradients, e.g. DPSGD(5.0, 4.0)
-                 random_state: int = 0,
-                 device: str = 'auto', n_jobs: int = None, # worker processes on a CPU
-                 precision: str = 'auto', stack='auto', # 'float32' or 'bf16'; models trained side by side
-                 test_noise: str = 'hash', # or 'none': answer f(x) instead of f(x + u)
-                 keep_models: bool = True, warm_start: bool = False, verbose: bool = False
-                ):
-        self.module, self.noise, self.n_estimators, self.dp = module, noise, n_estimators, dp
-        self.epochs, self.batch_size, self.lr, self.random_state = epochs, batch_size, lr, random_state
-        self.device, self.n_jobs, self.precision, self.stack = device, n_jobs, precision, stack
-        self.test_noise, self.keep_models, self.warm_start, self.verbose = test_noise, keep_models, warm_start, verbose
+    def model_probabilities(self, X) -> np.ndarray: # X: (n, ...) inputs, or the name of one of fit's eval_sets; (N, n, C)
+        "Soft outputs h_k(X) of every model."
+        check_is_fitted(self, 'groups_')
+        if isinstance(X, str): parts = [_stored(g, X) for g in self.groups_.values()]
+        elif self.keep_models: parts = list(answer_groups(self.spec_, self.groups_, check_inputs(X, self.input_shape_)))
+        else: raise ValueError("keep_models=False kept only the outputs at fit's eval_sets; ask for one of them by name")
+        order = [p for _, p in sorted(zip(self.groups_, parts), key=lambda gp: gp[0])]
+        return np.concatenate(order)[finished(sorted(self.groups_), self.spec_.stack, self.n_estimators)]
 
-    def save(self, path): save_models(self, path)
+    def save(self, path) -> None: # *.safetensors
+        "Write the trained models."
+        check_is_fitted(self, 'groups_')
+        if not self.keep_models: raise ValueError('keep_models=False kept no models to save')
+        save_groups(path, self.groups_, _about(self))
 
     @classmethod
-    def load(cls, path, module): return load_models(cls, path, module)
+    def load(cls, path, module): # the file; the module or function that `fit` had
+        "Read what `save` wrote."
+        return _load(cls, path, module)
