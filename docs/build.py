@@ -148,6 +148,16 @@ class Site:
         return rewrite(text, link=seen, image=seen, prose=lambda piece: self.numbers.link(piece, page),
                        code=lambda piece: self.names.link(piece, module))
 
+    def link_outputs(self, cell, path):
+        "Markdown that a cell displays: links from the notebook or from results/; others become plain text."
+        def seen(piece):
+            base = next((base for base in (path, 'results/README.md') if self.files.exists(piece, base)), None)
+            return self.files.link(piece, base, page_of(path)) if base else plain(piece)
+
+        for output in cell.outputs:
+            if 'text/markdown' in output.get('data', {}):
+                output.data['text/markdown'] = rewrite(output.data['text/markdown'], link=seen, image=seen)
+
     def read(self, path):
         notebook = nbformat.read(ROOT / path, 4)
         page, module = page_of(path), module_of(notebook)
@@ -175,7 +185,7 @@ class Site:
                 prose = cell.source
                 cell.source = self.link(cell.source, path, page, module)
                 if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module)
-            else: cell = show_code(cell, prose, page)
+            else: self.link_outputs(show_code(cell, prose, page), path)
             cells.append(cell)
         notebook.cells = self.front(cells) if page == 'index' else cells
         notebook.metadata = {'kernelspec': notebook.metadata.get('kernelspec', {}), 'language_info': {'name': 'python'}}

@@ -125,13 +125,22 @@ class Files:
     def __init__(self, root, pages, repository, copy):
         self.root, self.pages, self.repository, self.copy, self.broken = root, pages, repository, copy, []
 
-    def link(self, piece, source):
-        "One `[text](target)`, seen from the repository path `source`."
+    def parts(self, piece, source):
+        "(text, target, repository path or '', anchor) of one `[text](target)`, seen from the repository path `source`."
         text, target = re.fullmatch(r'(!?\[.*\])\(<?([^)>\s]*)>?[^)]*\)', piece, re.S).groups()
-        if re.match(r'[a-z]+:|#|$', target): return f'{text}({slug(target)})' if target.startswith('#') else piece
         path, _, anchor = target.partition('#')
-        path = os.path.normpath((Path(source).parent / path).as_posix())
-        if path == 'results/index.html': return f'<a href="{"../" * self.pages[source].count("/")}report/index.html">{text[1:-1]}</a>'
+        outside = re.match(r'[a-z]+:', target) or not path
+        return text, target, '' if outside else os.path.normpath((Path(source).parent / path).as_posix()), anchor
+
+    def exists(self, piece, source):
+        path = self.parts(piece, source)[2]
+        return not path or path in self.pages or (self.root / path).exists()
+
+    def link(self, piece, source, page=''):
+        "One link, seen from `source`, on `page` (the page of `source` where none is named)."
+        text, target, path, anchor = self.parts(piece, source)
+        if not path: return f'{text}({slug(target)})' if target.startswith('#') else piece
+        if path == 'results/index.html': return f'<a href="{"../" * (page or self.pages[source]).count("/")}report/index.html">{text[1:-1]}</a>'
         return f'{text}({self.address(path, source, target)}{slug("#" + anchor) if anchor else ""})'
 
     def address(self, path, source, target):

@@ -18,6 +18,7 @@ nb_output_stderr = 'remove'
 nb_code_prompt_show = 'Show the code'
 nb_code_prompt_hide = 'Hide the code'
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_block', 'attrs_inline', 'deflist', 'fieldlist', 'colon_fence']
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
