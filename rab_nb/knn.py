@@ -278,14 +278,15 @@ def at_points(s, chi, table) -> np.ndarray: # (m,) distances within the lattice;
     for j in np.unique(k): out[k == j] = basis[k == j] @ table[j]
     return out
 
-# %% ../nbs/22_knn.ipynb #e42ee0a2
+# %% ../nbs/22_knn.ipynb #3533950b
 def rest_polynomials(w, chi, k: int, p: int, columns) -> tuple: # (b, C, n_bins * p) weights; number of neighbours; nodes wanted
     "Generating functions of all but the nearest points: (K + 1, b, C, J) and (K, b, C, J)."
     tables = [at_nodes(a[..., columns], chi.panel, p) for a in (chi.log_s, chi.log_h, chi.log_odds)]
+    tables[2] = np.minimum(tables[2], 500/k - 20)
     flat = w.reshape(-1, w.shape[2])
     total = lambda log_table: (flat @ log_table).reshape(*w.shape[:2], -1)
-    power = [total(np.exp(np.minimum(r*tables[2], 600.))) for r in range(k + 1)]
-    rates = [total(np.exp(np.minimum(tables[1] + r*tables[2], 600.))) for r in range(k)]
+    power = [total(np.exp(r*tables[2])) for r in range(k + 1)]
+    rates = [total(np.exp(tables[1] + r*tables[2])) for r in range(k)]
     none_inside, e = np.exp(total(tables[0])), elementary(np.stack(power))
     return e * none_inside, without_one(e, np.stack(rates)) * none_inside
 

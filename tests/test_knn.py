@@ -1,0 +1,251 @@
+"Smoothed nearest neighbours against independent oracles, far tails, bad input and properties."
+import math
+from itertools import combinations
+
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.stats import ncx2
+from sklearn.base import clone
+
+from rab_nb.chi import log_bessel
+from rab_nb.knn import SmoothedKNNClassifier, quantised_point, window
+
+torch.set_num_threads(1)
+
+
+def vote(labels, n_classes):
+    return np.bincount(labels, minlength=n_classes).argmax()  # the smallest label wins a tie
+
+
+def oracle(s, y, n_classes, d, k):
+    "Sum over which point is k-th and which k - 1 are nearer, one numerical integral each."
+    n, p = len(s), np.zeros(n_classes)
+    x, w = np.polynomial.legendre.leggauss(400)
+    top = np.sqrt(d + s.max()**2) + 8
+    u, w = (x + 1)*top/2, w*top/2
+    f, F = 2*u[:, None]*ncx2.pdf(u[:, None]**2, d, s**2), ncx2.cdf(u[:, None]**2, d, s**2)
+    for i in range(n):
+        for inside in combinations([j for j in range(n) if j != i], k - 1):
+            rest = [j for j in range(n) if j != i and j not in inside]
+            p[vote(y[[i, *inside]], n_classes)] += w @ (f[:, i] * F[:, list(inside)].prod(1) * (1 - F[:, rest]).prod(1))
+    return p
+
+
+def place(s, d):
+    "Training points at the given distances from the origin."
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(len(s), d))
+    return x / np.linalg.norm(x, axis=1, keepdims=True) * np.asarray(s)[:, None]
+
+
+@pytest.mark.parametrize('d', [3, 20])
+@pytest.mark.parametrize('k', [1, 2, 3, 4])
+@pytest.mark.parametrize('n_classes', [2, 3])
+def test_votes_against_direct_integration(d, k, n_classes):
+    s, y = np.array([.5, 1., 1.2, 2., 2.5]), np.array([0, 1, 2, 1, 0]) % n_classes
+    model = SmoothedKNNClassifier(n_neighbors=k).fit(place(s, d), y)
+    np.testing.assert_allclose(np.exp(model.log_proba(np.zeros((1, d)))[0][0]), oracle(s, y, n_classes, d, k), atol=1e-8)
+
+
+@pytest.mark.parametrize('k,n_classes', [(5, 2), (15, 2), (15, 3), (4, 10)])
+def test_votes_against_monte_carlo(k, n_classes):
+    rng = np.random.default_rng(k)
+    x, y = rng.normal(size=(300, 12)), rng.integers(0, n_classes, 300)
+    x[:, 0] += .7 * (y == 1)
+    x, t, draws = torch.from_numpy(x), torch.zeros(12, dtype=torch.float64), 20_000
+    p = SmoothedKNNClassifier(n_neighbors=k, sigma=.8).fit(x.numpy(), y).predict_proba(t.numpy()[None])[0]
+    g, count = torch.Generator().manual_seed(0), np.zeros(n_classes)
+    labels = torch.from_numpy(np.eye(n_classes)[y])
+    for _ in range(draws // 500):
+        noisy = x + .8*torch.randn(500, *x.shape, generator=g, dtype=torch.float64)
+        nearest = noisy.square().sum(2).topk(k, largest=False).indices
+        count += np.bincount(labels[nearest].sum(1).numpy().argmax(1), minlength=n_classes)
+    assert (np.abs(count/draws - p) < 4*np.sqrt(p*(1 - p)/draws) + 1e-9).all()
+
+
+@pytest.mark.parametrize('nu', [-.5, 0., 1.5, 23., 27., 391.])
+@pytest.mark.parametrize('z', [1e-6, .3, 20., 500., 1e6])
+def test_bessel_against_mpmath(nu, z):
+    with mp.workdps(30): exact = mp.log(mp.besseli(nu, z)) - nu*mp.log(z) - z
+    assert abs(log_bessel(nu, np.array([z]))[0] - float(exact)) < 2e-13 * max(1, abs(exact))
+
+
+def tail_one_dimension(s_a, s_b):
+    "P(|b + z'| < |a + z|) in one dimension, to 20 digits."
+    phi = lambda x: mp.erfc(-x/mp.sqrt(2))/2
+    f = lambda u: (mp.npdf(u - s_b) + mp.npdf(u + s_b)) * (phi(s_a - u) + phi(-s_a - u))
+    with mp.workdps(30):
+        mid = (mp.mpf(s_a) + s_b)/2
+        return mp.log(mp.quad(f, [0, mid/2, mid - 3, mid - 1, mid, mid + 1, mid + 3, s_b + 10]))
+
+
+@pytest.mark.parametrize('s_b', [3., 20., 30.])
+def test_far_tail_one_dimension(s_b):
+    log_p, error = SmoothedKNNClassifier().fit([[.5], [s_b]], [0, 1]).log_proba([[0.]])
+    exact = float(tail_one_dimension(.5, s_b))
+    assert abs(log_p[0, 1] - exact) < error[0, 1] + 1e-9 and error.max() < 1e-6
+
+
+def test_far_tail_in_three_dimensions():
+    "In three dimensions the noncentral chi law is elementary: 40 leaders, 2 challengers, down to 1e-200."
+    def g(u, a): return u/a*(mp.npdf(u - a) - mp.npdf(u + a))
+    def S(u, a): return (mp.erfc((u - a)/mp.sqrt(2)) + mp.erfc((u + a)/mp.sqrt(2)))/2 + (mp.npdf(u - a) - mp.npdf(u + a))/a
+    s = np.concatenate([np.full(40, 1.), [24., 24.5]])
+    log_p, error = SmoothedKNNClassifier().fit(place(s, 3), np.arange(42) >= 40).log_proba(np.zeros((1, 3)))
+    with mp.workdps(40):
+        f = lambda u: (g(u, 24)*S(u, mp.mpf('24.5')) + g(u, mp.mpf('24.5'))*S(u, 24)) * S(u, 1)**40
+        exact = float(mp.log(sum(f(mp.mpf(j)/64) for j in range(1, 64*20))/64))
+    assert abs(log_p[0, 1] - exact) < 1e-9 and log_p[0, 1] < -250 and error.max() < 1e-6
+
+
+def test_concentration_bound_beyond_the_tail():
+    model = SmoothedKNNClassifier().fit([[0.], [1000.]], [0, 1])
+    log_p = model.log_proba([[0.]])[0][0]
+    assert log_p[0] == 0 and -250_001 < log_p[1] < -249_000
+    assert 490 < model.certify([[0.]]).radius[0] < 1000/math.sqrt(2)
+
+
+def test_more_neighbours_in_the_tail():
+    "Three equal leaders, k = 3: class 1 needs two of its points in front."
+    s = np.array([0., 0., 0., 14., 14.])
+    log_p, _ = SmoothedKNNClassifier(n_neighbors=3).fit(place(s, 1), [0, 0, 0, 1, 1]).log_proba([[0.]])
+    phi = lambda x: mp.erfc(-x/mp.sqrt(2))/2
+    with mp.workdps(30):
+        g = lambda u, a: mp.npdf(u - a) + mp.npdf(u + a)
+        S = lambda u, a: phi(a - u) + phi(-a - u)
+        F = lambda u, a: 1 - S(u, a) if u > a else phi(u - a) - phi(-u - a)
+        # the third nearest arrives at u and class 1 has both of its points inside
+        f = lambda u: 2*g(u, 14)*F(u, 14)*3*F(u, 0)*S(u, 0)**2 + 3*g(u, 0)*F(u, 14)**2*S(u, 0)**2
+        exact = float(mp.log(mp.quad(f, [0, 2, 4, 6, 7, 8, 9, 10, 12, 16, 25])))
+    assert abs(log_p[0, 1] - exact) < 1e-7
+
+
+def test_quantised_is_exact_in_the_tail():
+    d, s, y = 4, np.array([.3, .4, 9., 9.5]), np.array([0, 0, 1, 1])
+    grid = window(.01, 14., .3, 9.5, d, 1/16)
+    cuts = np.array([1., 1.5, 2., 3., 4.])
+    log_q, _ = quantised_point(torch.from_numpy(s), torch.from_numpy(y), 2, d, grid, 6, cuts)
+    with mp.workdps(40):
+        def cdf(t, a):
+            if t == mp.inf: return mp.mpf(1)
+            return mp.nsum(lambda j: mp.exp(-mp.mpf(a)**2/2)*(mp.mpf(a)**2/2)**j/mp.factorial(j)*mp.gammainc(mp.mpf(d)/2 + j, 0, mp.mpf(t)**2/2, regularized=True), [0, 150])
+        edges = [0, *map(mp.mpf, cuts), mp.inf]
+        F = [[cdf(b, a) if b else mp.mpf(0) for b in edges] for a in s]
+        total = mp.mpf(0)
+        for i in (2, 3):
+            for l in range(1, len(edges)):
+                term = F[i][l] - F[i][l - 1]
+                for j in range(4):
+                    if j != i: term *= 1 - F[j][l if j < i else l - 1]
+                total += term
+    assert abs(log_q[1] - float(mp.log(total))) < 1e-8
+
+
+# properties over the inputs people have
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 30), d=st.sampled_from([1, 5, 30, 60]), n_classes=st.integers(1, 4), sigma=st.sampled_from([1e-3, .3, 1., 50.]),
+       scale=st.sampled_from([1e-8, 1., 1e3]), duplicates=st.booleans(), k=st.integers(1, 5), dtype=st.sampled_from(['f4', 'f8', 'i8']), seed=st.integers(0, 99))
+def test_any_input_gives_probabilities(n, d, n_classes, sigma, scale, duplicates, k, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, d)) * (scale if dtype != 'i8' else 3)).astype(dtype)
+    if duplicates: x[n//2:] = x[0]
+    y, k = rng.integers(0, n_classes, n), min(k, n)
+    model = SmoothedKNNClassifier(n_neighbors=k, sigma=sigma).fit(x, y)
+    t = np.concatenate([x[:2], x[-1:] + (1 if dtype == 'i8' else scale)])
+    log_p, error = model.log_proba(t)
+    assert not np.isnan(log_p).any() and (log_p <= 1e-9).all() and (error >= 0).all()
+    assert np.abs(np.exp(log_p).sum(1) - 1).max() < 1e-9
+    cert = model.certify(t)
+    assert not np.isnan(cert.radius).any() and (cert.radius >= 0).all()
+    p = np.exp(log_p)
+    assert (cert.p_a <= p.max(1)).all() and (p.shape[1] == 1 or (cert.p_b >= np.sort(p, 1)[:, -2]).all())
+
+
+@settings(max_examples=8, deadline=None)
+@given(n=st.integers(2, 25), d=st.sampled_from([3, 20]), seed=st.integers(0, 99), k=st.sampled_from([1, 3]))
+def test_permutation_scale_and_labels_change_nothing(n, d, seed, k):
+    rng = np.random.default_rng(seed)
+    x, y, t = rng.normal(size=(n, d)), rng.integers(0, 2, n), rng.normal(size=(2, d))
+    k, order = min(k, n), rng.permutation(n)
+    p = SmoothedKNNClassifier(n_neighbors=k).fit(x, y).predict_proba(t)
+    np.testing.assert_allclose(p, SmoothedKNNClassifier(n_neighbors=k).fit(x[order], y[order]).predict_proba(t), atol=1e-10)
+    np.testing.assert_allclose(p, SmoothedKNNClassifier(n_neighbors=k, sigma=1e8).fit(1e8*x, y).predict_proba(1e8*t), atol=1e-9)
+    if k % 2: np.testing.assert_allclose(p[:, ::-1] if len(set(y)) == 2 else p, SmoothedKNNClassifier(n_neighbors=k).fit(x, -y).predict_proba(t), atol=1e-9)
+
+
+@settings(max_examples=8, deadline=None)
+@given(n=st.integers(1, 20), d=st.sampled_from([3, 20]), n_levels=st.integers(2, 40), seed=st.integers(0, 99), spread=st.sampled_from([.1, 1., 30.]))
+def test_quantised_gives_probabilities(n, d, n_levels, seed, spread):
+    rng = np.random.default_rng(seed)
+    x, y = spread * rng.normal(size=(n, d)), rng.integers(0, 3, n)
+    log_p, _ = SmoothedKNNClassifier(n_levels=n_levels).fit(x, y).log_proba(x[:2] + .1)
+    assert not np.isnan(log_p).any() and np.abs(np.exp(log_p).sum(1) - 1).max() < 1e-8
+
+
+def test_two_equal_points_share_the_mass():
+    for sigma in (1e-6, 1., 1e6):
+        p = SmoothedKNNClassifier(sigma=sigma).fit([[1., 2.], [1., 2.]], ['a', 'b']).predict_proba([[1., 2.], [5., 5.]])
+        np.testing.assert_allclose(p, .5, atol=1e-9)
+
+
+def test_one_training_point_wins_everywhere():
+    model = SmoothedKNNClassifier().fit([[1.]], ['only'])
+    assert model.predict([[5.]]) == ['only'] and model.certify([[5.]]).radius[0] == np.inf
+
+
+def test_huge_features_are_done_by_differences():
+    rng = np.random.default_rng(0)
+    x = 1e8 + rng.normal(size=(50, 6))
+    y, t = np.arange(50) % 2, 1e8 + rng.normal(size=(3, 6))
+    np.testing.assert_allclose(SmoothedKNNClassifier().fit(x, y).predict_proba(t), SmoothedKNNClassifier().fit(x - 1e8, y).predict_proba(t - 1e8), atol=1e-9)
+
+
+def test_noise_below_rounding_is_refused():
+    with pytest.raises(ValueError, match='larger sigma'):
+        SmoothedKNNClassifier(sigma=1e-12).fit([[0., 1.], [1., 0.]], [0, 1]).predict([[1., 1.]])
+
+
+@pytest.mark.parametrize('parameters,match', [
+    (dict(sigma=0.), 'sigma'), (dict(sigma=math.nan), 'sigma'), (dict(n_neighbors=0), 'n_neighbors'), (dict(n_neighbors=5), '4, got 5'), (dict(n_neighbors=1.5), 'n_neighbors'),
+    (dict(n_levels=1), 'n_levels'), (dict(n_levels=0), 'n_levels'), (dict(n_levels=5, n_neighbors=3), 'n_levels')])
+def test_bad_parameters(parameters, match):
+    with pytest.raises(ValueError, match=match): SmoothedKNNClassifier(**parameters).fit(np.eye(4), [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize('x,y,match', [
+    ([[1., np.nan]], [0], 'NaN'), ([[1., np.inf]], [0], 'infinity'), (np.eye(3), [0, 1], 'one label'), ([1., 2.], [0, 1], 'shape'), (np.empty((0, 3)), [], 'shape'),
+    ([['a', 'b']], [0], 'numbers'), ([[1e200], [-1e200]], [0, 1], 'rescale')])
+def test_bad_data(x, y, match):
+    with pytest.raises(ValueError, match=match): SmoothedKNNClassifier().fit(x, y)
+
+
+def test_scikit_learn_interface():
+    model = SmoothedKNNClassifier(n_neighbors=3, sigma=.5)
+    assert clone(model).get_params() == model.get_params() and model.set_params(sigma=2.).sigma == 2.
+    x, y = np.random.default_rng(0).random((20, 1, 3, 3)).astype('f4'), np.repeat(['b', 'a'], 10)
+    assert list(model.fit(x, y).classes_) == ['a', 'b'] and model.n_features_in_ == 9
+    assert 0 <= model.score(x, y) <= 1
+    with pytest.raises(ValueError, match='9 features'): model.predict(np.zeros((2, 8)))
+
+
+@pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=3), dict(n_levels=20)])
+def test_pieces_blocks_and_devices_agree(monkeypatch, parameters):
+    import rab_nb.knn as knn
+    rng = np.random.default_rng(0)
+    x, y, t = rng.normal(size=(200, 7)).astype('f4'), rng.integers(0, 3, 200), rng.normal(size=(9, 7))
+    whole = SmoothedKNNClassifier(**parameters).fit(x, y).predict_proba(t)
+    for name, value in dict(KEEP=0, PIECE=1000, BLOCK=4000, CACHED=300).items(): monkeypatch.setattr(knn, name, value)
+    np.testing.assert_allclose(SmoothedKNNClassifier(**parameters, device='cpu', n_jobs=1).fit(x, y).predict_proba(t), whole, atol=1e-10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=3), dict(n_levels=20)])
+def test_cuda_agrees_with_cpu(parameters):
+    rng = np.random.default_rng(0)
+    x, y, t = rng.normal(size=(500, 30)), rng.integers(0, 3, 500), rng.normal(size=(9, 30))
+    cpu, gpu = (SmoothedKNNClassifier(device=device, **parameters).fit(x, y).predict_proba(t) for device in ('cpu', 'cuda'))
+    np.testing.assert_allclose(gpu, cpu, atol=1e-10)
