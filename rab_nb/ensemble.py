@@ -185,7 +185,7 @@ def adam_steps(flat: torch.Tensor, # parameters, with their gradient in flat.gra
              lr=lr, weight_decay=0., eps=1e-8, maximize=False)
     return descend
 
-# %% ../nbs/20_ensemble.ipynb #474cd17d
+# %% ../nbs/20_ensemble.ipynb #5ffde14d
 def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
              y: torch.Tensor, # (B,)
              models, step: int # numbers of the models and of the step, for the private gradient's noise
@@ -194,25 +194,26 @@ def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
     amp = torch.autocast(stack.flat.device.type, torch.bfloat16, enabled=spec.precision == 'bf16')
     if spec.dp is not None:
         draws = [generator(spec.random_state, 'dp-noise', k, step, device=x.device) for k in models]
-        with amp: return spec.dp.gradient(stack, x, y, loss_per_sample, draws)
+        with amp: return spec.dp.gradient(stack, x, y, loss_per_sample, draws, batch_size=spec.batch_size, models=models, step=step)
     stack.flat.grad.zero_()
     with amp: outputs = stack(x)
     loss_per_sample(outputs, y).mean(-1).sum().backward()
 
-# %% ../nbs/20_ensemble.ipynb #66b82d2d
+# %% ../nbs/20_ensemble.ipynb #57da9865
 def train(spec: TrainSpec, # resolved
           x, y, # (n, ...) inputs and (n,) labels 0..C-1
           models, # numbers of the models: one whole group
           after_epoch=lambda epochs, stack: None # called with the number of epochs done
          ) -> Stack: # trained
     "Train the models side by side."
+    if spec.dp is not None: spec.dp.check(spec.module, len(x), spec.batch_size)
     rows, shape = to_rows(x).to(spec.device), tuple(np.shape(x)[1:])
     y = torch.tensor(np.asarray(y, dtype=np.int64), device=spec.device)
     if spec.stack > 1: check_independence(spec.module, to_inputs(rows[:4], shape))
     batch, step = smoothed_rows(spec, rows, models), 0
     with torch.random.fork_rng(devices=[spec.device] if rows.is_cuda else []):
         torch.manual_seed(stream(spec.random_state, 'layers', models[0]))
-        stack = Stack(spec.module, len(models), spec.device, folded=spec.dp is not None)
+        stack = Stack(spec.module, len(models), spec.device, folded=getattr(spec.dp, 'folded', False))
         descend = adam_steps(stack.flat, spec.lr)
         for epoch in range(spec.epochs):
             stack.module.train()
@@ -254,7 +255,7 @@ def answers(spec: TrainSpec, stack: Stack, digests: list, # hashes of the models
     blocks = [soft(stack(to_inputs(block.to(spec.device) + u, shape))) for block in rows.split(EVAL_BLOCK)]
     return torch.cat(blocks, 1).cpu().numpy()
 
-# %% ../nbs/20_ensemble.ipynb #1863d0dc
+# %% ../nbs/20_ensemble.ipynb #ec61f8fc
 def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
                 group: int, # its number
                 keep_models: bool # also return the states
@@ -267,7 +268,9 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
         out['hashes'] = _healthy_hashes(stack, models)
         suffix = f'@{epoch}' if epoch < spec.epochs else ''
         for name, e in x_evals.items(): out['probabilities'][name + suffix] = answers(spec, stack, out['hashes'], e)
-    stack = train(spec, x, y, models, after_epoch)
+    try: stack = train(spec, x, y, models, after_epoch)
+    except torch.OutOfMemoryError as e:
+        raise MemoryError(f'{spec.stack} models side by side do not fit on {spec.device}; give a smaller stack') from e
     if keep_models: out['models'] = {k: v.cpu().numpy().copy() for k, v in state(stack).items()}
     return out
 

@@ -2,6 +2,10 @@
 import ast
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +155,39 @@ def test_interrupted_and_resumed_is_uninterrupted(monkeypatch):
     assert len(calls) == 4
 
 
+INTERRUPTED = '''
+import sys
+sys.path.insert(0, {folder!r})
+from test_ensemble import X, Y, classifier
+if __name__ == '__main__':
+    clf = classifier(n_estimators=60, epochs=30, stack=1, n_jobs=2, warm_start=True)
+    print('started', flush=True)
+    try: clf.fit(X[:240], Y[:240])
+    except KeyboardInterrupt: print('interrupted', flush=True)
+    part, numbers = clf.model_probabilities(X[240:260]), sorted(clf.groups_)
+    whole = clf.fit(X[:240], Y[:240]).model_probabilities(X[240:260])
+    print(len(part) < len(whole) == 60, (part == whole[numbers]).all())
+'''
+
+
+@pytest.mark.slow
+def test_stop_button_with_worker_processes(tmp_path):
+    script = tmp_path / 'interrupted.py'
+    script.write_text(INTERRUPTED.format(folder=str(Path(__file__).parent)))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == 'started\n'
+    time.sleep(12)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=600)[0].split('\n')[:2] == ['interrupted', 'True True']
+
+
+def test_progress_bar_counts_models(capsys):
+    probabilities(classifier(verbose=True))
+    assert '10/10' in capsys.readouterr().err
+    probabilities(classifier())
+    assert capsys.readouterr().err == ''
+
+
 def test_warm_start_adds_models_and_starts_over_on_other_data():
     clf = classifier(n_estimators=4, warm_start=True)
     first = probabilities(clf)
@@ -253,7 +290,11 @@ def test_bad_data():
 
 class WholeBatch:
     "The hook's protocol with neither clipping nor noise: the plain gradient."
-    def gradient(self, stack, x, y, loss, generators):
+    folded = True
+
+    def check(self, module, n, batch_size): assert batch_size <= n
+
+    def gradient(self, stack, x, y, loss, generators, batch_size, models, step):
         assert stack.mode == 'fold' and len(generators) == len(x) == stack.n_models
         assert len({g.initial_seed() for g in generators}) == len(generators)
         stack.flat.grad.zero_()
