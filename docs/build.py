@@ -2,6 +2,7 @@
 
 Nothing is executed: pages show the outputs that the notebooks were saved with (`make outputs-check` tells whether they are true)."""
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -81,6 +82,7 @@ def code_tags(cell, page):
     tags += ['export'] * any(line.startswith('export') for line in said)
     tags += [word for word in ('slow', 'gpu') if word in said]
     if only_imports(cell) or 'code-fold:true' in said or page.startswith('results/'): tags.append('hide-input')
+    if page.startswith('results/') and not cell.outputs: tags.append('remove-cell')
     if 'hide_input' in said or 'echo:false' in said: tags.append('remove-input')
     return tags
 
@@ -118,6 +120,18 @@ def table_title(text, path):
     return re.sub(r'^# .*$', lambda _: f'# Table {facts["number"]}: {facts["title"]}', text, count=1, flags=re.M)
 
 
+def local_names(notebook):
+    "Names that the page's own code assigns: in its prose they mean the variable, not the package's function."
+    found = set()
+    for cell in notebook.cells:
+        if cell.cell_type != 'code' or any(line.startswith('export') for line in directives(cell)): continue
+        try: tree = ast.parse(re.sub(r'^[%!].*$', '', cell.source, flags=re.M))
+        except SyntaxError: continue
+        found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        found |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return found
+
+
 def module_of(notebook):
     names = [m[1] for cell in notebook.cells if (m := re.search(r'^#\s*\|\s*default_exp\s+(\w+)', cell.source, re.M))]
     return names[0] if names else ''
@@ -142,11 +156,11 @@ class Site:
         shutil.copyfile(ROOT / path, target)
         return f'/files/{path}'
 
-    def link(self, text, path, page, module=''):
+    def link(self, text, path, page, module='', local=()):
         "All links of one Markdown text."
         seen = lambda piece: self.files.link(piece, path)
         return rewrite(text, link=seen, image=seen, prose=lambda piece: self.numbers.link(piece, page),
-                       code=lambda piece: self.names.link(piece, module))
+                       code=lambda piece: piece if piece.strip('`') in local else self.names.link(piece, module))
 
     def link_outputs(self, cell, path):
         "Markdown that a cell displays: links from the notebook or from results/; others become plain text."
@@ -179,11 +193,11 @@ class Site:
                     self.explained.setdefault((module, ''.join(name)), (page, label, title))
 
     def write(self, path, page, module, notebook):
-        prose, cells = '', []
+        prose, cells, local = '', [], local_names(notebook)
         for number, cell in enumerate(notebook.cells):
             if cell.cell_type == 'markdown':
                 prose = cell.source
-                cell.source = self.link(cell.source, path, page, module)
+                cell.source = self.link(cell.source, path, page, module, local)
                 if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module)
             else: self.link_outputs(show_code(cell, prose, page), path)
             cells.append(cell)

@@ -270,7 +270,7 @@ def test_search_from_files(browser, site):
 def test_two_clicks_to_my_own_model(browser, site):
     if not (site / 'tutorials/own_model.html').exists(): pytest.skip('the tutorial is not written yet')
     visit(browser, (site / 'index.html').as_uri())
-    browser.execute_script("[...document.querySelectorAll('article a')].find(a => a.innerText.includes('Certify my own model')).click()")
+    browser.execute_script("[...document.querySelectorAll('.sd-card')].find(e => e.innerText.includes('Certify my own model')).querySelector('a').click()")
     wait(browser, "location.pathname.endsWith('tutorials/own_model.html') && document.readyState == 'complete'")
 
 
