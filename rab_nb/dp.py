@@ -195,7 +195,7 @@ def _supported(layer):
     layer = layer if type(layer) in PARTS else stacked_layer(layer)
     return type(layer) in PARTS and (getattr(layer, 'groups', 1), getattr(layer, 'dilation', (1, 1))) == (1, (1, 1))
 
-# %% ../nbs/21_dp.ipynb #78ec2b13
+# %% ../nbs/21_dp.ipynb #df148e52
 def _needs_opacus(what):
     try: import opacus
     except ImportError as error: raise ImportError(f'{what} needs the package opacus: pip install opacus') from error
@@ -208,7 +208,9 @@ def opacus_gradient(dp, stack: Stack, x, y, loss, generators, batch_size, models
     hooks = [l.register_forward_pre_hook(_row_major) for l in stack.module.modules() if isinstance(l, nn.Conv2d)]
     module = opacus.GradSampleModule(stack.module)
     outputs = stack(x)
-    with torch.autocast(x.device.type, enabled=False): loss(outputs, y).mean().backward()
+    with torch.autocast(x.device.type, enabled=False), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loss(outputs, y).mean().backward()
     sgd = opacus.optimizers.DPOptimizer(torch.optim.SGD(stack.module.parameters(), lr=0.), noise_multiplier=dp.noise_multiplier,
                                         max_grad_norm=dp.max_grad_norm, expected_batch_size=batch_size, generator=generators[0])
     each = torch.cat([g.flatten(1) for g in sgd.grad_samples], 1)
