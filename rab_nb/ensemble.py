@@ -498,12 +498,13 @@ def _spec(self):
     names = [f.name for f in fields(TrainSpec) if f.name not in ('n_classes', 'snapshots')]
     return resolved(TrainSpec(n_classes=len(self.classes_), **{name: getattr(self, name) for name in names}))
 
-# %% ../nbs/20_ensemble.ipynb #89c1ff12
+# %% ../nbs/20_ensemble.ipynb #d18ab296
 class RABClassifier(_Fit):
     "Smoothed ensemble of Algorithm 1 with certificates against backdoors in the training set."
     def model_probabilities(self, X) -> np.ndarray: # X: (n, ...) inputs, or the name of one of fit's eval_sets; (N, n, C)
         "Soft outputs h_k(X) of every model."
         check_is_fitted(self, 'groups_')
+        if not self.groups_: raise ValueError('fit was interrupted before the first model was finished')
         if isinstance(X, str): parts = [_stored(g, X) for g in self.groups_.values()]
         elif self.keep_models: parts = list(answer_groups(self.spec_, self.groups_, check_inputs(X, self.input_shape_)))
         else: raise ValueError("keep_models=False kept only the outputs at fit's eval_sets; ask for one of them by name")
