@@ -259,7 +259,7 @@ def _read(path) -> bytes:
     if size > MAX_SHARD_BYTES: raise ShardError(f'has {size} bytes, more than MAX_SHARD_BYTES = {MAX_SHARD_BYTES}')
     with open(path, 'rb') as file: return file.read(MAX_SHARD_BYTES)
 
-# %% ../nbs/30_runs.ipynb #9579586d
+# %% ../nbs/30_runs.ipynb #5847e8f8
 def _locked(fd: int) -> bool:
     "Take the lock on an open file, if nobody else has it."
     try: import fcntl
@@ -272,7 +272,7 @@ def _locked(fd: int) -> bool:
 def _same_file(path: Path, fd: int) -> bool:
     "Whether the name still leads to the open file: its former owner may have moved or removed it."
     try: return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError: return False
+    except OSError: return False
 
 # %% ../nbs/30_runs.ipynb #157b2966
 def _write(fd: int, content: bytes) -> None:
@@ -287,7 +287,7 @@ def _sync_folder(folder: Path) -> None:
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/30_runs.ipynb #b7f8b93b
+# %% ../nbs/30_runs.ipynb #ea37e3f5
 @dataclass(frozen=True)
 class Claim:
     "The right to write one file, until `commit` or `release`."
@@ -295,9 +295,12 @@ class Claim:
     part: Path # the hidden name it is written under
     fd: int # open and locked
 
+    @property
+    def held(self) -> bool: return _same_file(self.part, self.fd)
+
     def release(self) -> None:
         "Give the right back without writing."
-        if _same_file(self.part, self.fd): os.unlink(self.part)
+        if self.held: os.unlink(self.part)
         os.close(self.fd)
 
     def commit(self, content: bytes) -> None:
@@ -434,7 +437,7 @@ def single_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/30_runs.ipynb #83a20920
+# %% ../nbs/30_runs.ipynb #cb212197
 @dataclass(frozen=True)
 class Job:
     "A shard of a run, claimed already or only when it is written."
@@ -450,16 +453,19 @@ class Job:
         held = self.claim or claim(self.run.path(self.shard))
         if held: held.commit(pack(self.run.id, self.shard, arrays, note))
 
-def claimed(todo: list # pairs (run, shard)
+# %% ../nbs/30_runs.ipynb #5a0783da
+def claimed(todo: list, # pairs (run, shard)
+            claims: list # of the caller, to hold what is open
            ): # yields Job or None
     "Hand out claimed shards; None while all that remain are in other clients' hands."
     while todo:
         waiting = []
         for run, shard in todo:
-            held = claim(run.path(shard))
-            if held is None: waiting.append((run, shard))
-            elif state(run, shard) == 'finished': held.release()
-            else: yield Job(run, shard, held)
+            mine = claim(run.path(shard))
+            claims[:] = [c for c in [*claims, mine] if c and c.held]
+            if mine is None: waiting.append((run, shard))
+            elif state(run, shard) == 'finished': mine.release()
+            else: yield Job(run, shard, mine)
         todo = waiting
         if todo: yield None
 
@@ -637,7 +643,14 @@ def n_workers(n_jobs: int | None, # processes; None: as many as this process may
     if n_jobs not in (None, -1): return n_jobs
     return torch.cuda.device_count() if device == 'cuda' else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-# %% ../nbs/30_runs.ipynb #a0dab113
+# %% ../nbs/30_runs.ipynb #5c7b6f74
+def _source(todo: list, claims: list, n_jobs, scheduler, retries):
+    "The generator of results that fits the arguments."
+    if scheduler: return on_cluster([Job(r, shard) for r, shard in todo], scheduler, retries)
+    workers = n_workers(n_jobs, todo[0][0].settings['environment'].get('device', 'cpu'))
+    return here(claimed(todo, claims)) if workers == 1 else in_processes(claimed(todo, claims), min(workers, len(todo)), retries)
+
+# %% ../nbs/30_runs.ipynb #f0a296e8
 def run_all(settings: list, # of settings, each as in `run`
             store=None, n_jobs=None, scheduler=None, device='auto', retries=2, progress=True # as in `run`
            ) -> list[Run]: # complete
@@ -646,19 +659,18 @@ def run_all(settings: list, # of settings, each as in `run`
     unique = list({r.id: r for r in runs}.values())
     todo = [(r, shard) for r in unique for shard in r.missing()]
     if not todo: return runs
+    claims = []
     with explained(store_root(store)), tqdm(total=sum(r.n_shards for r in unique), unit='shard', disable=not progress) as bar:
         for r in {r.id: r for r, _ in todo}.values(): prepare(r)
         bar.update(bar.total - len(todo))
-        with contextlib.closing(_source(todo, n_jobs, scheduler, retries)) as source:
-            for job, *result in source: job.finish(*result); bar.update()
+        try:
+            with contextlib.closing(_source(todo, claims, n_jobs, scheduler, retries)) as source:
+                for job, *result in source: job.finish(*result); bar.update()
+        finally:
+            for c in claims:
+                if c.held: c.release()
         bar.update(bar.total - bar.n)
     return runs
-
-def _source(todo: list, n_jobs, scheduler, retries):
-    "The generator of results that fits the arguments."
-    if scheduler: return on_cluster([Job(r, shard) for r, shard in todo], scheduler, retries)
-    workers = n_workers(n_jobs, todo[0][0].settings['environment'].get('device', 'cpu'))
-    return here(claimed(todo)) if workers == 1 else in_processes(claimed(todo), min(workers, len(todo)), retries)
 
 # %% ../nbs/30_runs.ipynb #cc8539d4
 def run(settings: dict, # kind, n_models, shard_size, and what the kind needs
@@ -785,11 +797,12 @@ def _of_file(path: str) -> list: # of settings
     if not all(isinstance(s, dict) for s in given): raise ValueError(f'{path} must hold one object with settings, or a list of them')
     return given
 
-# %% ../nbs/30_runs.ipynb #d4d891be
+# %% ../nbs/30_runs.ipynb #7bfe5e33
 def _run(args) -> int:
     "rab-nb run"
     importlib.import_module('rab_nb.tables')
     wanted = _of_file(args.settings) if args.settings else _of_tables(args)
+    if args.show: print(json.dumps(wanted, indent=1)); return 0
     runs = run_all(wanted, args.store, args.jobs, args.scheduler, args.device, progress=not args.quiet)
     for r in runs: print(f'{r.id[:16]}  {r.n_shards} shards complete')
     return 0
@@ -827,7 +840,7 @@ def _remove(args) -> int:
     for r in _chosen(runs_in(args.store)[0], args.id): remove(r); print(f'{r.id[:16]} removed')
     return 0
 
-# %% ../nbs/30_runs.ipynb #fe9413da
+# %% ../nbs/30_runs.ipynb #0b900411
 EPILOG = 'A run that was stopped or killed goes on where it was when the same command is given again. The store is --store, else $RAB_RUNS, else .runs in the current repository.'
 
 def _add_run(commands) -> None:
@@ -842,6 +855,7 @@ def _add_run(commands) -> None:
     p.add_argument('--jobs', type=int, metavar='N', help='worker processes (default: one per CPU, or per GPU)')
     p.add_argument('--scheduler', metavar='ADDRESS', help="a Dask scheduler, 'tcp://host:8786'; its workers need rab-nb installed")
     p.add_argument('--store', metavar='DIR', help='where runs are kept')
+    p.add_argument('--show', action='store_true', help='only print the settings, as a file for --settings')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.set_defaults(command=_run)
 

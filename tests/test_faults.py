@@ -134,6 +134,7 @@ def test_client_killed(settings, tmp_path, undisturbed, outcome):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
 def test_stop_request(settings, number, tmp_path, undisturbed, outcome):
     "SIGINT (Ctrl-C, to the whole group) or SIGTERM (batch system) during a run"
+    settings |= {'n_models': 60}
     run = client(settings, tmp_path, '--jobs', 2)
     until(lambda: len(written(settings, tmp_path)) >= 3, 'finished shards')
     orphans = workers(run)

@@ -229,6 +229,22 @@ def test_command_line(tmp_path, capsys):
     assert runs.main(['runs', 'remove', *store, ids[1]]) == 0 and not (tmp_path / 'store' / ids[1]).exists()
 
 
+def test_rows_and_pairs(tmp_path, capsys):
+    "--show prints what --settings takes; rows are the paper's, pairs the profile's."
+    def shown(*args):
+        assert runs.main(['run', *args, '--show']) == 0
+        return json.loads(capsys.readouterr().out)
+    chosen = shown('--table', '1', '--rows', '3', '--pairs', '2')
+    assert {s['kind'] for s in chosen} == {'dnn', 'undefended'}
+    assert all(s['attack']['norm'] == .1 and s['data']['classes'] == [8, 6] for s in chosen) and chosen[0]['noise'] == 'GaussianNoise(sigma=1.0)'
+    (tmp_path / 'chosen.json').write_text(json.dumps(chosen))
+    assert shown('--settings', str(tmp_path / 'chosen.json')) == chosen
+    assert len(shown('--table', '1', '2')) > len(shown('--table', '1')) >= 24
+    for option in ('--rows', '--pairs'):
+        assert runs.main(['run', '--table', '1', option, '13']) == 2
+        assert f'{option} must be in 1..' in capsys.readouterr().err
+
+
 def test_a_run_in_progress_is_not_removed(tmp_path):
     r = compute(DRILL, tmp_path)
     held = runs.claim(r.path(0))
