@@ -115,7 +115,7 @@ def between(x, size: int, order: int = 12 # positions in units of the step, numb
     np.put_along_axis(out, start[:, None] + k, w / w.sum(1, keepdims=True), 1)
     return out
 
-# %% ../nbs/19_chi.ipynb #2ed633ee
+# %% ../nbs/19_chi.ipynb #9bef287f
 def cell_integrals(v, log_g) -> np.ndarray: # (J,) uniform, (J, S) -> (J - 11, S)
     "Integral of g du over the cells [v_j, v_{j+1}] with 5 more nodes on both sides, divided by g at the cell's lower end."
     cells, step = len(v) - 11, v[1] - v[0]
@@ -129,20 +129,20 @@ def cell_integrals(v, log_g) -> np.ndarray: # (J,) uniform, (J, S) -> (J - 11, S
 def tail_ratios(cells, growth, u_first, d) -> tuple: # F/g and S/g, each (nodes, len(s))
     "Cumulative integrals of g from below and from above, divided by g."
     below, above = np.empty((2, len(cells) + 1, cells.shape[1]))
-    below[0], above[-1] = u_first/d, 1.
+    below[0], above[-1] = min(u_first/d, 1.), 1.
     with np.errstate(over='ignore'):
         for j in range(len(cells)): below[j + 1] = (below[j] + cells[j]) / growth[j]
         for j in reversed(range(len(cells))): above[j] = cells[j] + growth[j]*above[j + 1]
     return below, above
 
-# %% ../nbs/19_chi.ipynb #716f06a2
+# %% ../nbs/19_chi.ipynb #8ae0a7b2
 def log_tails(v, s, d) -> tuple: # uniform lattice (J,), (S,) distances -> log g, log F, log S, each (J - 10, S)
     "Density and both tails of the non-central chi law at softplus(v), but for 5 nodes at both ends."
     log_g = log_density(softplus(v)[:, None], s, d)
     cells, log_g = cell_integrals(v, log_g), log_g[5:-5]
     below, above = tail_ratios(cells, np.exp(np.diff(log_g, axis=0)), softplus(v[5]), d)
     with np.errstate(over='ignore', invalid='ignore'): log_f, log_s = log_g + np.log(below), log_g + np.log(above)
-    low = log_f < -.7
+    low = softplus(v[5:-5])[:, None] < np.sqrt(d - .5 + s*s)
     with np.errstate(over='ignore', invalid='ignore', divide='ignore'):
         return log_g, np.where(low, log_f, np.log1p(-np.exp(log_s))), np.where(low, np.log1p(-np.exp(log_f)), log_s)
 

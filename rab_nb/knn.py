@@ -191,7 +191,7 @@ def extent(s, d: int, k: int, lead, last, kth) -> tuple: # (b,) nearest, farthes
     inside = np.sqrt(np.maximum((u_low - 40)**2 - d, 0)) * (u_low > 40)
     return u_low, u_high, np.maximum(lead, inside), np.minimum(s.amax(1).cpu().numpy(), horizon(u_high, d, s.shape[1]))
 
-# %% ../nbs/22_knn.ipynb #206f2cde
+# %% ../nbs/22_knn.ipynb #3a53e845
 def solve(s, tops, k: int, d: int, integrand # (b, n) distances, (b, C, k) nearest, neighbours that vote, features, (s, window, p) -> log integrand
          ) -> tuple: # log probability and relative error, each (b, C)
     "Probabilities of all classes at b points, refined until the error estimate is small."
@@ -199,14 +199,15 @@ def solve(s, tops, k: int, d: int, integrand # (b, n) distances, (b, C, k) neare
     gap = gaps(need, ahead, d)
     far, log_p, error = gap > FAR, concentration_bound(gap, k*s.shape[1]), np.zeros(need.shape)
     u_low, u_high, s_low, s_high = extent(s, d, k, tops[:, :, 0].min(1), np.maximum(np.where(far, 0, need).max(1), kth), kth)
-    rows = np.flatnonzero(far.sum(1) < need.shape[1] - 1)
+    rows, before = np.flatnonzero(far.sum(1) < need.shape[1] - 1), np.full(len(s), np.inf)
     for step, p in LEVELS:
         for grid, j in groups(u_low, u_high, s_low, s_high, rows, d, step).items():
             log_f, u = integrand(s if len(j) == len(s) else s[j], grid, max(p, 14*(k > 1))), lattice(d, *grid).u
-            found, spread = integrate(log_f, u, np.where(far[j], 0, need[j]), d, p)
+            found, spread = integrate(log_f, u, np.where(far[j], 0, np.maximum(need, kth[:, None])[j]), d, p)
             log_p[j], error[j] = np.where(far[j], log_p[j], found), np.where(far[j], 0, spread)
             u_low[j], u_high[j] = shrink(log_f, u)
-        rows = rows[unsettled(log_p[rows], error[rows])]
+        rows = rows[unsettled(log_p[rows], error[rows]) & (error[rows].max(1) < before[rows]/2)]
+        before[rows] = error[rows].max(1)
     return log_p, error
 
 # %% ../nbs/22_knn.ipynb #75e46cae

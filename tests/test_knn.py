@@ -146,8 +146,8 @@ def test_quantised_is_exact_in_the_tail():
 
 # properties over the inputs people have
 
-@settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 30), d=st.sampled_from([1, 5, 30, 60]), n_classes=st.integers(1, 4), sigma=st.sampled_from([1e-3, .3, 1., 50.]),
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(1, 30), d=st.sampled_from([5, 30, 60]), n_classes=st.integers(1, 4), sigma=st.sampled_from([1e-3, .3, 1., 50.]),
        scale=st.sampled_from([1e-8, 1., 1e3]), duplicates=st.booleans(), k=st.integers(1, 5), dtype=st.sampled_from(['f4', 'f8', 'i8']), seed=st.integers(0, 99))
 def test_any_input_gives_probabilities(n, d, n_classes, sigma, scale, duplicates, k, dtype, seed):
     rng = np.random.default_rng(seed)
