@@ -42,8 +42,8 @@ tables: $(STAMPS) .stamps/$(PROFILE)/report ## regenerate the paper's tables [PR
 	@$(PY) -m rab_nb.report report
 	@touch $@
 
-dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,knn)
-knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,models ensemble dp)
+dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,knn chi)
+knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,dp)
 make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.report make $(@F:table%=%) $(PROFILE) && touch $@
 
 $(addprefix .stamps/$(PROFILE)/table,1 2 3 4 5 6): $(dnn_needs) | $(READY)
@@ -69,7 +69,7 @@ check: $(READY) ## notebooks clean, modules and README in step with them
 	  echo 'notebooks, modules or README differ from what is committed: run `make export readme`, then commit' >&2; exit 1; }
 
 ## ---- notebooks and documentation -------------------------------------------------------------
-NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb nbs/index.ipynb nbs/tutorials/*.ipynb)
+NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb nbs/index.ipynb nbs/tutorials/*.ipynb nbs/experiments/*.ipynb)
 
 export: $(READY) ## notebooks -> rab_nb/
 	nbdev_export && nbdev_clean
@@ -80,6 +80,15 @@ run-nbs: $(READY) ## execute every notebook in place and save its outputs
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	@$(PY) -W ignore docs/readme.py
 
+docs: $(READY) ## the documentation site -> _site/index.html
+	$(PY) -W ignore docs/build.py
+
+test-site: docs ## the site in Chromium: two widths, light and dark (screenshots in build/screenshots)
+	pytest -q -m slow tests/test_site.py
+
+outputs-check: $(READY) ## run every notebook again: fails where an output is not the saved one
+	OMP_NUM_THREADS=1 $(PY) -W ignore docs/notebooks.py --check
+
 lab: $(READY) ## open JupyterLab on the notebooks
 	jupyter lab nbs
 
@@ -89,4 +98,4 @@ clean: ## remove the environment and every derived file, but not results/ and no
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: install tables test test-slow test-faults check export run-nbs readme lab clean help
+.PHONY: install tables test test-slow test-faults check export run-nbs readme docs test-site outputs-check lab clean help

@@ -375,12 +375,15 @@ def _spambase(classes, root, download, random_state) -> Task:
     raw = _parts(spam_features(x), y, random_state)
     return _pick('spambase', raw, {'not-spam': 0, 'spam': 1}, classes, source, SHA256[path.name], frozen, value_range=None)
 
-# %% ../nbs/10_data.ipynb #eca86ebe
-def _digits(classes, root, download, random_state) -> Task:
+# %% ../nbs/10_data.ipynb #cc9959bb
+def _digits(classes, root, download, random_state, size: int = 8) -> Task:
     from sklearn.datasets import load_digits
     d = load_digits()
-    raw = _parts((d.images[:, None] / 16).astype(np.float32), d.target, random_state)
-    source = f"scikit-learn's 8x8 digits, pixels / 16; stratified 80/20 split, seed {random_state}"
+    if size < 8 or size % 8: raise ValueError(f"digits: size must be a multiple of 8, their number of pixels a side; got {size!r}")
+    large = (d.images[:, None] / 16).repeat(size // 8, 2).repeat(size // 8, 3)
+    raw = _parts(large.astype(np.float32), d.target, random_state)
+    enlarged = '' if size == 8 else f', each repeated to {size}x{size}'
+    source = f"scikit-learn's 8x8 digits, pixels / 16{enlarged}; stratified 80/20 split, seed {random_state}"
     return _pick('digits', raw, {i: i for i in range(10)}, classes, source, digest(d.images, d.target), frozen, stand_in_for='mnist')
 
 # %% ../nbs/10_data.ipynb #73bbfafc
@@ -462,7 +465,7 @@ def from_folder(folder, # holds one folder of images per class, or train/ and va
     arrays = [a for paths, y in parts for a in (as_images(_read_images(paths, size)), frozen(y.astype(np.int64)))]
     return Task(name, *arrays, classes, f'{sum(len(y) for _, y in parts)} images resized to {size}x{size}', digest(*arrays))
 
-# %% ../nbs/10_data.ipynb #5e7d6b3c
+# %% ../nbs/10_data.ipynb #2cbc8141
 LOADERS = {'mnist': _mnist, 'cifar10': _cifar10, 'imagenet': _imagenet, 'spambase': _spambase,
            'digits': _digits, 'photos': _photos, 'breast_cancer': _breast_cancer}
 
@@ -475,10 +478,11 @@ def load(name: str, # one of `names()`
          root=None, # folder to look in before $RAB_DATA and data/
          download: bool = True, # fetch what is missing (MNIST, CIFAR-10, Spambase)
          random_state: int = 0, # seed of the split, where the set has none of its own
-         size: int | None = None # for 'imagenet': read the folder of images `root`, resized to size x size
+         size: int | None = None # pixels a side: for 'imagenet', of the images read from the folder `root`; for 'digits', a multiple of 8
         ) -> Task:
     "A data set of the paper or a bundled stand-in."
     if name not in LOADERS: raise ValueError(f'unknown data set {name!r}; known are {names()}, and from_arrays takes your own')
     if size is None: return LOADERS[name](classes, root, download, random_state)
+    if name == 'digits': return _digits(classes, root, download, random_state, size)
     if name != 'imagenet' or root is None: raise ValueError(f"size={size!r} is for load('imagenet', classes, root=folder, size=...); got name={name!r}, root={root!r}")
     return from_folder(root, classes, size, random_state, 'imagenet')

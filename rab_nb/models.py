@@ -6,9 +6,11 @@
 __all__ = ['n_parameters', 'mnist_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'PreActBlock', 'preact_resnet', 'small_resnet',
            'resnet18']
 
-# %% ../nbs/12_models.ipynb #916dc41a
+# %% ../nbs/12_models.ipynb #739ad8bd
 import torch
 import torch.nn as nn
+
+from .data import import_torchvision
 
 # %% ../nbs/12_models.ipynb #38b1082a
 def n_parameters(module: nn.Module # any network
@@ -26,13 +28,14 @@ def mnist_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of c
         nn.Conv2d(16, 32, 5), nn.MaxPool2d(2), nn.ReLU(),
         nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, n_outputs))
 
-# %% ../nbs/12_models.ipynb #8fb20dd8
+# %% ../nbs/12_models.ipynb #2e29e579
 def digits_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
-               n_channels: int = 1, width: int = 16 # channels of the first convolution
-              ) -> nn.Module: # (B, n_channels, 8, 8) -> (B, n_outputs)
-    "Two 2x2 convolutions of stride two for 8x8 images."
+               n_channels: int = 1, width: int = 16, # channels of the first convolution
+               size: int = 8 # pixels a side, a multiple of 4
+              ) -> nn.Module: # (B, n_channels, size, size) -> (B, n_outputs)
+    "Windows that cut the image into 4x4 tiles, then 2x2 windows over the tiles."
     return nn.Sequential(
-        nn.Conv2d(n_channels, width, 2, stride=2), nn.ReLU(),
+        nn.Conv2d(n_channels, width, size // 4, stride=size // 4), nn.ReLU(),
         nn.Conv2d(width, 2 * width, 2, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(8 * width, n_outputs))
 
@@ -96,26 +99,14 @@ def small_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number o
     "One pre-activation block per stage after a strided stem: the CIFAR network's cheap relative for runs on a CPU."
     return preact_resnet(n_outputs, n_blocks=1, norm=norm, stem_stride=stem_stride)
 
-# %% ../nbs/12_models.ipynb #73a62595
-def _torchvision():
-    "Import torchvision, also next to a torch for which its compiled operators are missing."
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library('torchvision', 'FRAGMENT')
-        library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-        library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-        import torchvision
-    return torchvision
-
-# %% ../nbs/12_models.ipynb #6aa3f744
+# %% ../nbs/12_models.ipynb #9db321b2
 def resnet18(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
              weights=None, # None: random; a path: state dict of torchvision's resnet18, read with weights_only=True
              norm: str = 'batch' # 'batch', or 'group' for DP-SGD
             ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs), built for 224 x 224
     "torchvision's ResNet-18 with one extra linear layer on its 1000 logits: the paper's ImageNet network."
     norm_layer = None if norm == 'batch' else lambda channels: _norm(norm, channels)
-    body = _torchvision().models.resnet18(weights=None, norm_layer=norm_layer)
+    body = import_torchvision().models.resnet18(weights=None, norm_layer=norm_layer)
     if weights is not None:
         body.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
     return nn.Sequential(body, nn.Linear(1000, n_outputs))

@@ -6,9 +6,9 @@
 __all__ = ['ATTACK_NAMES', 'HONEST', 'COLOURS', 'MEANING', 'STYLE', 'number', 'row_cells', 'references', 'keys_of', 'lines_of',
            'columns_of', 'markdown', 'escaped', 'latex', 'closeness', 'verdict', 'honest_lines', 'statement_lines',
            'neighbour_lines', 'correct_radii', 'panel', 'paper_circles', 'figure', 'provenance', 'n_scored', 'caption',
-           'findings', 'write', 'writable', 'page_of', 'page_markdown', 'write_table', 'pages', 'summary_line',
-           'summary', 'html_table', 'section', 'report', 'check_parameters', 'clean_copy', 'run_notebook', 'make',
-           'where', 'parser', 'main']
+           'privacy_line', 'findings', 'write', 'writable', 'page_of', 'page_markdown', 'write_table', 'pages',
+           'summary_line', 'summary', 'html_table', 'section', 'report', 'check_parameters', 'clean_copy',
+           'run_notebook', 'make', 'where', 'parser', 'main']
 
 # %% ../nbs/32_report.ipynb #8868c1a7
 import json
@@ -246,6 +246,17 @@ def caption(finished: list, # of Finished
     return (f"Table {table.number}: {table.title}. Profile {profile['profile']}. Data: {f.data} ({f.source}){stand_in}; target / source class {pairs}. {f.training}; {how}; "
             f'seeds {sorted({f.row.seed for f in finished})}. Scored, as in the paper: {n_scored(finished)} triggered test points of the source class. {provenance()}.')
 
+# %% ../nbs/32_report.ipynb #2afa3ab1
+def privacy_line(finished: list # of Finished
+                ) -> str: # a sentence; empty without DP-SGD
+    "Privacy spent by the first row's training, at delta = 1/n."
+    if not finished[0].privacy: return ''
+    from rab_nb.dp import privacy_spent
+    spent = privacy_spent(*finished[0].privacy)
+    return (f"Privacy spent at delta = 1/n, one model: epsilon = {spent['epsilon_fixed']:.3g} for the fixed batches used here; with Poisson sampling, which they are not, "
+            f"{spent['epsilon_rdp']:.3g} (RDP) or {spent['epsilon_prv']:.3g} (PRV). All N models together: {spent['epsilon_ensemble']:.3g}. "
+            'The certificate does not use it: it holds for any training procedure, private or not.')
+
 # %% ../nbs/32_report.ipynb #1c06dd19
 def findings(scores, # frame of `with_means`
              table: TableSpec # its axes
@@ -281,11 +292,11 @@ def writable(folder: Path # created where it is missing
         with tempfile.TemporaryFile(dir=folder): return folder
     except OSError as error: raise ValueError(f'results cannot be written to {str(folder)!r}: {error.strerror}; choose another folder or free it') from None
 
-# %% ../nbs/32_report.ipynb #4bcecd21
+# %% ../nbs/32_report.ipynb #970ada86
 def page_of(finished: list, scores, table: TableSpec, profile: dict) -> dict:
     "A table as plain values: texts, lines of cells, cost."
     cost = dict(seconds=round(sum(f.seconds for f in finished), 1), models=sum(f.n_models for f in finished), machines=sorted({f.machine for f in finished}))
-    return dict(number=table.number, title=table.title, profile=profile['profile'], caption=caption(finished, table, profile), verdict=verdict(scores, table),
+    return dict(number=table.number, title=table.title, profile=profile['profile'], caption=f'{caption(finished, table, profile)} {privacy_line(finished)}'.strip(), verdict=verdict(scores, table),
                 findings=findings(scores, table), columns=columns_of(table), lines=lines_of(scores, table, statements(table)[0]),
                 honest_columns=['attack', 'pattern norm', 'sigma', '', *HONEST], honest=honest_lines(scores, table),
                 statement_columns=['votes', 'bound', 'selection', '', *(f'r = {r:g}' for r in table.radii)], statements=statement_lines(scores, table), cost=cost)

@@ -12,10 +12,11 @@ __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'ROOT'
            'kept_in', 'finish', 'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'with_means',
            'of_statement', 'printed', 'beside_paper']
 
-# %% ../nbs/31_tables.ipynb #f4e95a13
+# %% ../nbs/31_tables.ipynb #6472d0bc
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def profile_path(name # 'quick', 'cpu', 'paper', or the path of a YAML file
     known = sorted(p.stem for p in PROFILES.glob('*.yaml'))
     raise ValueError(f'unknown profile {str(name)!r}; choose one of {known} or name a .yaml file')
 
-# %% ../nbs/31_tables.ipynb #4375e123
+# %% ../nbs/31_tables.ipynb #a2ba0f3d
 REQUIRED = {'seeds': list, 'alpha': float, 'data': dict, 'ensemble': dict, 'dp': dict, 'knn': dict}
 
 def check_profile(profile, # what the YAML file holds
@@ -84,16 +85,16 @@ def check_profile(profile, # what the YAML file holds
     "The shape every profile has: no key missing, none unknown, the right type behind each."
     if not isinstance(profile, dict): raise ValueError(f'{name}: expected settings {sorted(REQUIRED)}, got {type(profile).__name__}')
     if odd := set(profile) ^ set(REQUIRED):
-        raise ValueError(f'{name}: missing or unknown settings {sorted(map(str, odd))}; a profile has exactly {sorted(REQUIRED)}')
+        raise ValueError(f'{name}: missing or unknown settings {sorted(map(short, odd))}; a profile has exactly {sorted(REQUIRED)}')
     for key, kind in REQUIRED.items():
-        if not isinstance(profile[key], kind): raise ValueError(f'{name}: {key} must be a {kind.__name__}, got {profile[key]!r}')
+        if not isinstance(profile[key], kind): raise ValueError(f'{name}: {key} must be a {kind.__name__}, got {short(profile[key])}')
     if not profile['seeds'] or not all(type(s) is int for s in profile['seeds']):
-        raise ValueError(f"{name}: seeds must be a list of integers, got {profile['seeds']!r}")
-    if not 0 < profile['alpha'] < 1: raise ValueError(f"{name}: alpha must lie in (0, 1), got {profile['alpha']!r}")
+        raise ValueError(f"{name}: seeds must be a list of integers, got {short(profile['seeds'])}")
+    if not 0 < profile['alpha'] < 1: raise ValueError(f"{name}: alpha must lie in (0, 1), got {short(profile['alpha'])}")
     for dataset, source in profile['data'].items(): check_source(source, f'{name}: data.{dataset}', dataset)
     return profile
 
-# %% ../nbs/31_tables.ipynb #e0b9f543
+# %% ../nbs/31_tables.ipynb #74f4efc6
 def check_source(source, # the profile's entry for a data set
                  where: str, # for messages
                  dataset # one of the paper's data sets
@@ -101,10 +102,10 @@ def check_source(source, # the profile's entry for a data set
     "A data set's entry: a name for `data.load`, pairs of classes, and perhaps a size."
     if dataset not in NAMES: raise ValueError(f'{where}: unknown data set; the paper has {sorted(NAMES)}')
     if not isinstance(source, dict) or not {'name', 'pairs'} <= set(source) <= {'name', 'pairs', 'size'}:
-        raise ValueError(f'{where} needs name and pairs (and may have size), got {source!r}')
+        raise ValueError(f'{where} needs name and pairs (and may have size), got {short(source)}')
     pairs = source['pairs']
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f'{where}.pairs must be a list of [target, source] classes, got {pairs!r}')
+        raise ValueError(f'{where}.pairs must be a list of [target, source] classes, got {short(pairs)}')
 
 # %% ../nbs/31_tables.ipynb #268c59a9
 def load_profile(name # 'quick', 'cpu', 'paper', or the path of a YAML file
@@ -224,7 +225,7 @@ def undefended(settings: dict, # of kind 'undefended', with 'environment'
 
 runs.register('undefended', undefended, undefended_environment)
 
-# %% ../nbs/31_tables.ipynb #9c48fad0
+# %% ../nbs/31_tables.ipynb #95b7dd61
 CERTIFIED = ('prediction', 'p_a', 'p_b', 'log_q_a', 'log_p_b')
 KNN_VERSION = 1
 
@@ -242,7 +243,8 @@ def knn(settings: dict, # of kind 'knn', with 'environment'
     smoothed = SmoothedKNNClassifier(k, settings['sigma'], settings['n_levels'], n_jobs=1).fit(task.x_train, task.y_train)
     plain = KNeighborsClassifier(k, algorithm='brute').fit(flat(task.x_train), task.y_train)
     sets = dict(triggered=task.x_test_triggered, clean=task.x_test)
-    certified = {f'{name}.{field}': np.asarray(getattr(smoothed.certify(x), field)) for name, x in sets.items() for field in CERTIFIED}
+    certs = {name: smoothed.certify(x) for name, x in sets.items()}
+    certified = {f'{name}.{field}': np.asarray(getattr(cert, field)) for name, cert in certs.items() for field in CERTIFIED}
     return certified | {f'{name}.undefended': plain.predict(flat(x)) for name, x in sets.items()}
 
 def flat(x): return np.asarray(x).reshape(len(x), -1)
@@ -273,7 +275,7 @@ def supported(statement: Statement, # of an ensemble
     "Whether N models are enough for a statement about two classes."
     return n_models >= bounds.models_needed(statement.bound, certificate.side_level(alpha, 2, statement.simultaneous))
 
-# %% ../nbs/31_tables.ipynb #b693e239
+# %% ../nbs/31_tables.ipynb #32a3953c
 @dataclass(frozen=True)
 class Finished:
     "A row of a table with everything that its scores need."
@@ -289,6 +291,7 @@ class Finished:
     n_models: int # smoothed models; 0 where nothing is sampled
     seconds: float # core time
     machine: str # processor or GPU
+    privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
 
 # %% ../nbs/31_tables.ipynb #485476f1
 def summary_of(settings: dict, # of an ensemble or an undefended model
@@ -313,7 +316,7 @@ def describe(settings: dict # of a smoothed ensemble
     private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
     return f"{settings['module']['name']}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}"
 
-# %% ../nbs/31_tables.ipynb #1d1df648
+# %% ../nbs/31_tables.ipynb #b5fd3227
 def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None) -> Finished | None:
     "Read an ensemble and its undefended model; None if one of them is not finished."
     summary, alone = (summary_of(settings[name], kept) for name in ('smoothed', 'undefended'))
@@ -322,10 +325,12 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None
     both = [summary.statistics[name] for name in ('triggered', 'clean')]
     certify = lambda s, stats: certificate.certify_statistics(stats, noise, profile['alpha'], s.bound, s.votes, s.simultaneous)
     certificates = {s: tuple(certify(s, stats) for stats in both) for s in ENSEMBLE if supported(s, both[0].n_models, profile['alpha'])}
+    train, dp = settings['smoothed']['train'], settings['smoothed']['dp']
+    privacy = (len(task.y_train), train['batch_size'], train['epochs'], dp['noise_multiplier'], both[0].n_models) if dp else ()
     return Finished(row, certificates, task.y_test_triggered, task.y_test,
                     tuple(alone.statistics[name].votes.argmax(1) for name in ('triggered', 'clean')),
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, describe(settings['smoothed']),
-                    both[0].n_models, note['seconds'], ', '.join(note['machines']))
+                    both[0].n_models, note['seconds'], ', '.join(note['machines']), privacy)
 
 # %% ../nbs/31_tables.ipynb #992eeee1
 def stored_certificate(arrays: dict, part: str, sigma: float) -> certificate.Certificate:
