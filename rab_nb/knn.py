@@ -10,12 +10,12 @@ __all__ = ['BIN', 'CACHED', 'FAR', 'LEVELS', 'KEEP', 'PIECE', 'BLOCK', 'bin_mome
            'at_points', 'rest_polynomials', 'point_factors', 'vote_integrand', 'knn_integrand', 'bucket_edges',
            'log_increments', 'increments', 'row_probabilities', 'quantised_point', 'quantised', 'pieces',
            'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'nearest_of_classes', 'check_features',
-           'check_count', 'threads', 'prepare', 'law', 'check_resolution', 'block_law', 'all_laws',
+           'check_count', 'shared', 'threads', 'prepare', 'law', 'check_resolution', 'block_law', 'all_laws',
            'SmoothedKNNClassifier', 'certificate_of']
 
-# %% ../nbs/22_knn.ipynb #379b96ab
+# %% ../nbs/22_knn.ipynb #9b790813
 import math
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -437,7 +437,7 @@ def nearest_of_classes(s, y, n_classes: int, k: int) -> np.ndarray: # (b, C, k)
     if k == 1: return nearest(s, y, n_classes)[..., None]
     return np.sort(nearest_points(s, y, n_classes, k)[0].cpu().numpy(), 2)
 
-# %% ../nbs/22_knn.ipynb #d725f9b7
+# %% ../nbs/22_knn.ipynb #29800351
 BLOCK = 2**27 # bytes of one block of distances
 
 def check_features(name: str, x) -> np.ndarray: # (n, d) floating point; images (n, c, h, w) are flattened
@@ -445,7 +445,7 @@ def check_features(name: str, x) -> np.ndarray: # (n, d) floating point; images 
     x = np.asarray(x)
     if x.ndim < 2 or 0 in x.shape: raise ValueError(f'{name} must have shape (n, d) or (n, c, h, w) with n, d > 0, got {x.shape}')
     if x.dtype.kind not in 'fiub': raise ValueError(f'{name} must hold numbers, got dtype {x.dtype}')
-    x = x.reshape(len(x), -1)
+    x = np.ascontiguousarray(x.reshape(len(x), -1))
     if x.dtype not in (np.float32, np.float64): x = x.astype(np.float64)
     if not all(np.isfinite(part).all() for part in np.array_split(x, max(1, x.nbytes // PIECE))): raise ValueError(f'{name} contains NaN or infinity: drop or impute those rows')
     return x
@@ -456,7 +456,13 @@ def check_count(name: str, value, low: int) -> int:
         raise ValueError(f'{name} must be an integer >= {low}, got {value!r}')
     return int(value)
 
-# %% ../nbs/22_knn.ipynb #24b10dd4
+# %% ../nbs/22_knn.ipynb #24959e5b
+def shared(x):
+    "A tensor on the memory of an array, which is never written to, so that read-only arrays need no copy."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        return torch.from_numpy(x)
+
 @contextmanager
 def threads(n_jobs):
     "Run with n_jobs threads; None leaves torch's setting."
@@ -476,14 +482,14 @@ def prepare(model, X, y):
     device = torch.device('cpu' if model.device is None else model.device)
     model.classes_, number = np.unique(y, return_inverse=True)
     model.n_features_in_, model._y = x.shape[1], torch.as_tensor(number.astype(np.int64), device=device)
-    rows = torch.from_numpy(x)
+    rows = shared(x)
     model._mean = torch.as_tensor(np.mean(x, 0, dtype=np.float64), device=device)
     model._x, model._shift = rows, model._mean
     if 8*x.size <= KEEP: model._x, model._shift = rows.to(device, torch.float64).sub(model._mean).div_(model.sigma), None
     model._norms = torch.cat([(piece*piece).sum(1) for _, piece in pieces(model._x, model._shift, model.sigma)])
     if not torch.isfinite(model._norms).all(): raise ValueError(f'the features are too large for sigma = {model.sigma}: squared distances overflow; rescale both')
 
-# %% ../nbs/22_knn.ipynb #7221b7ab
+# %% ../nbs/22_knn.ipynb #29d7923a
 def law(model, s, tops): # (b, n) distances, (b, C, k) nearest of every class
     "Log probabilities and relative errors by the method that the parameters ask for."
     k, y, n_classes, d = model.n_neighbors, model._y, len(model.classes_), model.n_features_in_
@@ -499,7 +505,7 @@ def check_resolution(model, tops):
 
 def block_law(model, x): # (b, d) checked test points
     "Log probabilities and relative errors of one block of test points, each (b, C)."
-    t = torch.as_tensor(x, device=model._mean.device).to(torch.float64).sub(model._mean).div_(model.sigma)
+    t = shared(x).to(model._mean.device, torch.float64).sub(model._mean).div_(model.sigma)
     s = noiseless_distances(model._x, model._shift, model.sigma, model._norms, t)
     tops = nearest_of_classes(s, model._y, len(model.classes_), model.n_neighbors)
     for k in np.flatnonzero(cancels(t, tops.min((1, 2)), model.n_features_in_)):

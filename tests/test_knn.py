@@ -186,6 +186,15 @@ def test_quantised_gives_probabilities(n, d, n_levels, seed, spread):
     assert not np.isnan(log_p).any() and np.abs(np.exp(log_p).sum(1) - 1).max() < 1e-8
 
 
+def test_read_only_and_reversed_arrays():
+    x, y = np.random.default_rng(0).random((9, 4)), np.arange(9) % 2
+    p = SmoothedKNNClassifier().fit(x, y).predict_proba(x)
+    x.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        np.testing.assert_allclose(SmoothedKNNClassifier().fit(x[::-1], y[::-1]).predict_proba(x), p, atol=1e-12)
+
+
 def test_two_equal_points_share_the_mass():
     for sigma in (1e-6, 1., 1e6):
         p = SmoothedKNNClassifier(sigma=sigma).fit([[1., 2.], [1., 2.]], ['a', 'b']).predict_proba([[1., 2.], [5., 5.]])
