@@ -457,11 +457,11 @@ def _load(cls, path, module):
     self.n_features_in_, self.spec_, self.groups_ = math.prod(self.input_shape_), _spec(self), groups
     return self
 
-# %% ../nbs/20_ensemble.ipynb #2383f96d
+# %% ../nbs/20_ensemble.ipynb #e893af68
 def check_outputs(spec: TrainSpec, x # resolved; some inputs
                  ) -> None:
     "ValueError if the module does not map inputs to one logit, or one per class."
-    with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(x[:2])).shape)
+    with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(x[:2].copy())).shape)
     n = len(x[:2])
     allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
     if shape not in allowed:

@@ -330,8 +330,11 @@ def test_cuda_trains_the_same_networks_up_to_rounding():
 @pytest.mark.slow
 @pytest.mark.skipif('RAB_DATA' not in os.environ, reason='needs the real MNIST in RAB_DATA')
 def test_mnist_one_pixel_has_the_p_a_that_an_independent_computation_found():
+    "0.805, over several seeds: the batch order that a seed's models share moves all of them by about 0.035."
     task = poison(load('mnist', (0, 1)), OnePixel(1.), .1)
-    clf = RABClassifier(models.mnist_cnn, GaussianNoise(1.), n_estimators=10, epochs=2, keep_models=False, device='cpu')
-    p = clf.fit(task.x_train, task.y_train, dict(triggered=task.x_test_triggered)).model_probabilities('triggered')
-    assert p.shape == (10, 1135, 2)
-    assert abs(p[..., 1].mean() - .805) < .02
+    def p_a(seed):
+        clf = RABClassifier(models.mnist_cnn, GaussianNoise(1.), n_estimators=3, epochs=2, random_state=seed, keep_models=False, device='cpu')
+        p = clf.fit(task.x_train, task.y_train, dict(triggered=task.x_test_triggered)).model_probabilities('triggered')
+        assert p.shape == (3, 1135, 2)
+        return p[..., 1].mean()
+    assert abs(np.mean([p_a(seed) for seed in range(4)]) - .805) < .05
