@@ -456,7 +456,7 @@ def check_count(name: str, value, low: int) -> int:
         raise ValueError(f'{name} must be an integer >= {low}, got {value!r}')
     return int(value)
 
-# %% ../nbs/22_knn.ipynb #24959e5b
+# %% ../nbs/22_knn.ipynb #8d7bd3b0
 def shared(x):
     "A tensor on the memory of an array, which is never written to, so that read-only arrays need no copy."
     with warnings.catch_warnings():
@@ -471,6 +471,7 @@ def threads(n_jobs):
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/22_knn.ipynb #6b8dc5e4
 def prepare(model, X, y):
     "Fit: checks, class numbers, mean, and the scaled copy of a small training set."
     model.noise_, model.n_levels_ = GaussianNoise(model.sigma), None if model.n_levels is None else check_count('n_levels', model.n_levels, 2)

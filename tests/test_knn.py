@@ -1,5 +1,6 @@
 "Smoothed nearest neighbours against independent oracles, far tails, bad input and properties."
 import math
+import warnings
 from itertools import combinations
 
 import mpmath as mp
