@@ -329,7 +329,7 @@ def bucket_edges(hazard, u, n_levels: int # (J,) increasing -log P(min > u), its
     wanted = l / (n_levels - l)
     return np.unique(np.interp(wanted[wanted < hazard[-1]], np.maximum.accumulate(hazard), u))
 
-# %% ../nbs/22_knn.ipynb #2207d90b
+# %% ../nbs/22_knn.ipynb #70c1166b
 def log_increments(chi, edges) -> tuple: # (panels, 16, L) log delta, (panels, 16, L - 1) log S at the edges
     "log(log S(b_{l-1}) - log S(b_l)) at the nodes of a lattice's panels, for all buckets but the last."
     v = unsoftplus(chi.u)
@@ -340,9 +340,9 @@ def log_increments(chi, edges) -> tuple: # (panels, 16, L) log delta, (panels, 1
     small = np.log1p(np.exp(np.minimum(log_mass - log_s, 0.)))
     drop = np.concatenate([np.zeros_like(log_s[..., :1]), log_s[..., :-1]], 2) - log_s
     delta = np.where(log_f < -.7, small, drop)
-    return np.where(log_mass < -18, log_mass, np.log(np.maximum(delta, 1e-300))), log_s
+    return np.where(log_mass < -18, log_mass, np.log(np.clip(delta, 1e-300, 600))), log_s
 
-# %% ../nbs/22_knn.ipynb #2eea7fd3
+# %% ../nbs/22_knn.ipynb #a57136ef
 def increments(s, chi_start, panel, log_delta): # (n,) distances; (panels, 16, L) table, torch
     "delta of every row and bucket, (n, L); rows beyond the table have none."
     z = (s - chi_start) / panel
@@ -358,13 +358,12 @@ def increments(s, chi_start, panel, log_delta): # (n,) distances; (panels, 16, L
 def row_probabilities(s, chi, edges, log_total) -> tuple: # (n,) distances, a lattice, (L - 1,) edges, (L,) log P(no row below b_{l-1})
     "Probability of every row to win in one of the first L - 1 buckets, (n,) torch."
     log_delta = torch.as_tensor(log_increments(chi, edges)[0], device=s.device)
-    log_left, parts = torch.as_tensor(log_total[:-1], device=s.device).clone(), []
+    log_left, parts = torch.as_tensor(log_total[:-1], device=s.device), []
     for part in s.split(max(1, CACHED // (len(edges) + 1))):
         delta = increments(part, chi.start, chi.panel, log_delta)
-        ahead = delta.cumsum(0)
-        left = log_left - (ahead - delta)
-        parts.append((left.exp_() * delta.neg().expm1_().neg_()).sum(1))
-        log_left -= ahead[-1]
+        left = torch.sub(log_left, delta.cumsum(0))
+        log_left = left[-1].clone()
+        parts.append(left.exp_().mul_(delta.expm1_()).sum(1))
     return torch.cat(parts)
 
 # %% ../nbs/22_knn.ipynb #cea8c4de

@@ -41,15 +41,17 @@ def row_cells(row, # scores of one row of the table
     at = lambda metric, r: row[(row.metric == metric) & (row.radius.isna() if r is None else row.radius == r)][column].dropna()
     return [number(at(*cell), column == 'difference') for cell in cells]
 
-# %% ../nbs/32_report.ipynb #42f076d4
-def references(table: TableSpec # its axes
+# %% ../nbs/32_report.ipynb #5addc283
+def references(table: TableSpec, # its axes
+               data: set # names of the data sets that were really used
               ) -> list: # (label, column)
     "What stands below our numbers."
     if table.number in COPIED: return [(f'paper (copy of Table {COPIED[table.number]})', 'paper')]
+    if table.dataset not in data: return [(f'paper, {NAMES[table.dataset]}', 'paper')]
     other = [('paper, other radii', 'paper_other_reading')] if table.number == 9 else []
     return [('paper', 'paper'), ('difference', 'difference'), *other]
 
-# %% ../nbs/32_report.ipynb #5545c47f
+# %% ../nbs/32_report.ipynb #4e4ea83c
 ATTACK_NAMES = {'one_pixel': 'one-pixel', 'four_pixel': 'four-pixel', 'blending': 'blending'}
 
 def keys_of(table: TableSpec) -> list: # (attack, norm, rate, sigma)
@@ -62,7 +64,7 @@ def lines_of(scores, # frame of `beside_paper`
             ) -> list: # lines of cells: attack, pattern norm, sigma, whose, and the numbers
     "The rows of a table as text; rows that no run has finished say so."
     chosen = of_statement(scores[scores.pair == 'mean'], statement)
-    below, lines = references(table) if statement == statements(table)[0] else [], []
+    below, lines = references(table, set(scores.data)) if statement == statements(table)[0] else [], []
     for attack, norm, rate, sigma in keys_of(table):
         row = chosen[(chosen.attack == attack) & (chosen.pattern_norm == norm) & (chosen.poison_rate == rate) & (chosen.sigma == sigma)]
         cells = row_cells(row, table, 'value') if len(row) else ['not run'] + [''] * 2 * len(table.radii)

@@ -415,7 +415,7 @@ def prepare(run: Run # about to be computed
     held = None if intact else claim(run.folder / 'settings.json')
     if held: held.commit(canonical(run.settings).encode())
 
-# %% ../nbs/30_runs.ipynb #31b8e817
+# %% ../nbs/30_runs.ipynb #ae34b15b
 def compute(kind: Kind, # functions of the run
             settings: dict, # with 'environment'
             shard: int # shard number
@@ -424,17 +424,20 @@ def compute(kind: Kind, # functions of the run
     wanted = settings['environment']
     here = plain(kind.environment({k: v for k, v in settings.items() if k != 'environment'}, wanted.get('device', 'cpu')))
     if here != wanted: raise RuntimeError(f'this worker would compute something else: it has {here}, the run needs {wanted}')
-    start = time.perf_counter()
-    arrays = kind.shard(settings, shard)
+    clock = time.perf_counter if wanted.get('device') == 'cuda' else time.process_time
+    start = clock()
+    with single_thread(): arrays = kind.shard(settings, shard)
     machine = torch.cuda.get_device_name() if wanted.get('device') == 'cuda' and torch.cuda.is_available() else platform.processor() or platform.machine()
-    return arrays, {'seconds': time.perf_counter() - start, 'machine': machine, 'torch': torch.__version__}
+    return arrays, {'seconds': clock() - start, 'machine': machine, 'torch': torch.__version__}
 
 @contextlib.contextmanager
 def single_thread():
-    "One thread for torch inside, as many as before after."
+    "One thread for torch and BLAS inside, as many as before after."
+    from threadpoolctl import threadpool_limits
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
+    try:
+        with threadpool_limits(1): yield
     finally: torch.set_num_threads(n)
 
 # %% ../nbs/30_runs.ipynb #cb212197
@@ -469,18 +472,17 @@ def claimed(todo: list, # pairs (run, shard)
         todo = waiting
         if todo: yield None
 
-# %% ../nbs/30_runs.ipynb #1212281e
+# %% ../nbs/30_runs.ipynb #2d8c54c4
 def here(jobs # of Job or None
         ): # yields job, arrays, note
     "Compute jobs one after another in this process."
-    with single_thread():
-        for job in jobs:
-            if job is None: time.sleep(.2); continue
-            try: result = compute(*job.call)
-            except BaseException: job.claim.release(); raise
-            yield job, *result
+    for job in jobs:
+        if job is None: time.sleep(.2); continue
+        try: result = compute(*job.call)
+        except BaseException: job.claim.release(); raise
+        yield job, *result
 
-# %% ../nbs/30_runs.ipynb #c52d2cac
+# %% ../nbs/30_runs.ipynb #370d15fc
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
@@ -497,7 +499,6 @@ def _serve(conn, number: int) -> None:
     "The life of a worker process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         while True: conn.send(_attempt(conn.recv_bytes(), number))
 
@@ -572,12 +573,7 @@ def in_processes(jobs, # of Job or None
     finally:
         for w in workers: w.stop()
 
-# %% ../nbs/30_runs.ipynb #ed1fd22c
-def _in_dask(kind: Kind, settings: dict, shard: int) -> tuple:
-    "`compute` on a Dask worker."
-    torch.set_num_threads(1)
-    return compute(kind, settings, shard)
-
+# %% ../nbs/30_runs.ipynb #60fedc9e
 def _client(address: str, patience: float):
     "A Dask client, or an error that says what to do."
     if importlib.util.find_spec('distributed') is None: raise ImportError('a scheduler needs Dask: pip install "rab-nb[cluster]"')
@@ -585,11 +581,11 @@ def _client(address: str, patience: float):
     try: return Client(address, timeout=patience, set_as_default=False)
     except (OSError, TimeoutError) as e: raise ConnectionError(f'no Dask scheduler answered at {address} within {patience} s ({type(e).__name__}): finished shards are safe, start one and run again') from None
 
-# %% ../nbs/30_runs.ipynb #1751a39f
+# %% ../nbs/30_runs.ipynb #dd947411
 def _submit(client, job: Job, retries: int):
     "One shard as a Dask task."
     resources = {'GPU': 1} if job.run.settings['environment'].get('device') == 'cuda' else None
-    return client.submit(_in_dask, *job.call, key=f'{job.run.id}-{job.shard}', retries=retries, resources=resources)
+    return client.submit(compute, *job.call, key=f'{job.run.id}-{job.shard}', retries=retries, resources=resources)
 
 def _gather(client, jobs: list, retries: int): # yields job, arrays, note
     "Submit everything and yield results in the order in which they finish; ConnectionError when the scheduler is lost."
