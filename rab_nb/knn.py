@@ -10,12 +10,13 @@ __all__ = ['BIN', 'CACHED', 'FAR', 'LEVELS', 'KEEP', 'PIECE', 'BLOCK', 'bin_mome
            'at_points', 'rest_polynomials', 'point_factors', 'vote_integrand', 'knn_integrand', 'bucket_edges',
            'log_increments', 'increments', 'row_probabilities', 'quantised_point', 'quantised', 'pieces',
            'noiseless_distances', 'direct_distances', 'cancels', 'nearest', 'nearest_of_classes', 'check_features',
-           'check_count', 'shared', 'threads', 'prepare', 'law', 'check_resolution', 'block_law', 'all_laws',
+           'check_count', 'shared', 'workers', 'prepare', 'law', 'check_resolution', 'block_law', 'all_laws',
            'SmoothedKNNClassifier', 'certificate_of']
 
-# %% ../nbs/22_knn.ipynb #9b790813
+# %% ../nbs/22_knn.ipynb #45e72e60
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -436,8 +437,8 @@ def nearest_of_classes(s, y, n_classes: int, k: int) -> np.ndarray: # (b, C, k)
     if k == 1: return nearest(s, y, n_classes)[..., None]
     return np.sort(nearest_points(s, y, n_classes, k)[0].cpu().numpy(), 2)
 
-# %% ../nbs/22_knn.ipynb #29800351
-BLOCK = 2**27 # bytes of one block of distances
+# %% ../nbs/22_knn.ipynb #242aa02d
+BLOCK = 2**28 # bytes of all blocks of distances in work at a time
 
 def check_features(name: str, x) -> np.ndarray: # (n, d) floating point; images (n, c, h, w) are flattened
     "Features as a matrix of finite numbers, or a ValueError."
@@ -455,7 +456,7 @@ def check_count(name: str, value, low: int) -> int:
         raise ValueError(f'{name} must be an integer >= {low}, got {value!r}')
     return int(value)
 
-# %% ../nbs/22_knn.ipynb #8d7bd3b0
+# %% ../nbs/22_knn.ipynb #c09a3374
 def shared(x):
     "A tensor on the memory of an array, which is never written to, so that read-only arrays need no copy."
     with warnings.catch_warnings():
@@ -463,11 +464,14 @@ def shared(x):
         return torch.from_numpy(x)
 
 @contextmanager
-def threads(n_jobs):
-    "Run with n_jobs threads; None leaves torch's setting."
+def workers(n_jobs):
+    "A pool of n_jobs threads (None or -1: as many as torch uses), each with its own single-threaded operations (threadpoolctl comes with scikit-learn)."
+    from threadpoolctl import threadpool_limits
     before = torch.get_num_threads()
-    if n_jobs is not None: torch.set_num_threads(before if n_jobs == -1 else n_jobs)
-    try: yield
+    n = before if n_jobs in (None, -1) else check_count('n_jobs', n_jobs, 1)
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1), ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield n, pool
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/22_knn.ipynb #6b8dc5e4
@@ -515,14 +519,16 @@ def block_law(model, x): # (b, d) checked test points
     log_p, error = law(model, s, tops)
     return log_p, error + 40*np.finfo(float).eps * tops.min((1, 2))[:, None] * (error > 0)
 
-# %% ../nbs/22_knn.ipynb #6ea9ab9c
+# %% ../nbs/22_knn.ipynb #19f906c7
 def all_laws(model, X): # test points as the caller has them
     "Log probabilities and relative errors of all test points, in blocks."
     x = check_features('X', X)
     if x.shape[1] != model.n_features_in_: raise ValueError(f'X must have {model.n_features_in_} features as in fit, got {x.shape[1]}')
-    size = max(1, min(256, BLOCK // (8*len(model._y))))
-    with threads(model.n_jobs):
-        parts = [block_law(model, x[k:k + size]) for k in tqdm(range(0, len(x), size), unit='block', disable=not model.verbose)]
+    with workers(model.n_jobs) as (n, pool):
+        size = max(1, min(128, BLOCK // (8*n*len(model._y)), -(-len(x)//n)))
+        blocks = range(0, len(x), size)
+        laws = pool.map(lambda k: block_law(model, x[k:k + size]), blocks)
+        parts = list(tqdm(laws, total=len(blocks), unit='block', disable=not model.verbose))
     return tuple(map(np.concatenate, zip(*parts)))
 
 # %% ../nbs/22_knn.ipynb #cb95f4ad
