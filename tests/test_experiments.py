@@ -80,4 +80,4 @@ def test_committed_pages_agree_with_their_numbers(path):
     assert page['lines'] == report.lines_of(scores, table, tables.statements(table)[0])
     assert page['verdict'] == report.verdict(scores, table)
     assert path.with_suffix('.md').read_text() == report.page_markdown(page)
-    for caption in ('Profile', 'data', 'seeds', 'alpha', 'Code'): assert caption in page['caption']
+    for caption in ('Profile', 'Data:', 'seeds', 'alpha', 'Code'): assert caption in page['caption']
