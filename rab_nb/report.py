@@ -173,7 +173,7 @@ def correct_radii(finished: list, # of Finished: one attack setting, all pairs, 
     here = [(f.certificates[statement][0], f.y) for f in finished if f.row.sigma == sigma and statement in f.certificates]
     return np.concatenate([np.where(cert.prediction == y, cert.radius, 0.) for cert, y in here] or [np.zeros(0)])
 
-# %% ../nbs/32_report.ipynb #0b9ff772
+# %% ../nbs/32_report.ipynb #f024a07c
 def panel(ax, # matplotlib axes
           finished: list, # of Finished: one attack setting
           table: TableSpec, # its axes
@@ -182,9 +182,9 @@ def panel(ax, # matplotlib axes
     "Certified accuracy of one attack setting at both noise levels."
     grid, (first, *_, last) = np.linspace(0, 1.5 * max(table.radii), 200), statements(table)
     for colour, sigma in zip(COLOURS, table.sigmas):
-        for statement, style in ((last, '--'), (first, '-')):
-            radii = correct_radii(finished, statement, sigma)
-            if len(radii): ax.plot(grid, [(radii > r).mean() for r in grid], style, color=colour, label=f'$\\sigma={sigma:g}$' if style == '-' else None)
+        for statement in statements(table)[::-1]:
+            radii, style = correct_radii(finished, statement, sigma), {last: '--', first: '-'}.get(statement, ':')
+            if len(radii): ax.plot(grid, [(radii > r).mean() for r in grid], style, lw=.8 if style == ':' else 1.5, color=colour, label=f'$\\sigma={sigma:g}$' if style == '-' else None)
     attack = np.mean([f.total_norms[1] for f in finished])
     if attack <= grid[-1]: ax.axvline(attack, color='black', lw=.8, ls=':')
     else: ax.annotate(f'attack at {attack:.1f} $\\rightarrow$', (1, .97), xycoords='axes fraction', ha='right', va='top', fontsize=7)
