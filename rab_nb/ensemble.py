@@ -325,7 +325,7 @@ def check_labels(y, # (n,) labels of any sortable type
     if len(classes) < 2: raise ValueError(f'y must hold at least two classes, got only {classes.tolist()}')
     return classes, numbers
 
-# %% ../nbs/20_ensemble.ipynb #7ff3b2cb
+# %% ../nbs/20_ensemble.ipynb #3b71af20
 WORTH_WORKERS = 5. # seconds of work left that justify starting processes
 
 def _call(task, group):
@@ -343,7 +343,7 @@ def map_groups(task, # picklable function of a group's number
         yield _call(task, groups.pop(0))
         n_jobs = -1 if (time.perf_counter() - start) * len(groups) > WORTH_WORKERS else 1
     if min(effective_n_jobs(n_jobs), len(groups)) <= 1: yield from (_call(task, g) for g in groups)
-    else: yield from Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_call)(task, g) for g in groups)
+    else: yield from Parallel(n_jobs=n_jobs, backend='loky', idle_worker_timeout=10, return_as='generator_unordered')(delayed(_call)(task, g) for g in groups)
 
 # %% ../nbs/20_ensemble.ipynb #51b98e1b
 def train_groups(spec: TrainSpec, # resolved
