@@ -417,7 +417,7 @@ def check_parameters(notebook: Path, # an experiment notebook
     if not known: raise ValueError(f"{Path(notebook).name} has no cell tagged 'parameters': tag one, or papermill would run the defaults")
     if odd := sorted(set(parameters) - set(known)): raise ValueError(f'{Path(notebook).name} has no parameters {odd}; it has {sorted(known)}')
 
-# %% ../nbs/32_report.ipynb #412929c7
+# %% ../nbs/32_report.ipynb #3f4af078
 def clean_copy(executed: Path, # as papermill wrote it
                out: Path # where the clean copy goes
               ) -> None:
@@ -429,6 +429,7 @@ def clean_copy(executed: Path, # as papermill wrote it
         tags = cell.metadata.get('tags', [])
         if 'injected-parameters' in tags: cell.id = 'injected'
         if not tags: cell.metadata.pop('tags', None)
+        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     clean_nb(notebook, allowed_cell_metadata_keys=['tags'])
     notebook.metadata.language_info = {'name': 'python'}
     nbformat.write(notebook, out)
