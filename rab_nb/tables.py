@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'ROOT', 'PROFILES', 'REQUIRED', 'CERTIFIED',
-           'KNN_VERSION', 'PAPER', 'ENSEMBLE', 'QUANTISED', 'EXACT', 'NONE', 'KEYS', 'STATED', 'paper', 'TableSpec',
-           'spec', 'profile_path', 'check_profile', 'check_source', 'load_profile', 'part_of', 'Row', 'rows_of',
-           'attacked', 'training', 'ensemble_runs', 'knn_runs', 'runs_of', 'settings_for', 'NoNoise', 'undefended_spec',
-           'undefended_environment', 'undefended', 'knn_environment', 'knn', 'flat', 'Statement', 'statements',
-           'supported', 'Finished', 'summary_of', 'describe', 'finished_ensemble', 'stored_certificate', 'finished_knn',
-           'kept_in', 'finish', 'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'with_means',
-           'of_statement', 'printed', 'beside_paper']
+           'KNN_VERSION', 'PAPER', 'ENSEMBLE', 'QUANTISED', 'EXACT', 'NONE', 'KEYS', 'STATED', 'PAPER_N', 'paper',
+           'TableSpec', 'spec', 'profile_path', 'check_profile', 'check_source', 'load_profile', 'part_of', 'Row',
+           'rows_of', 'attacked', 'training', 'ensemble_runs', 'knn_runs', 'runs_of', 'settings_for', 'NoNoise',
+           'undefended_spec', 'undefended_environment', 'undefended', 'knn_environment', 'knn', 'flat', 'Statement',
+           'statements', 'supported', 'Finished', 'summary_of', 'describe', 'finished_ensemble', 'stored_certificate',
+           'finished_knn', 'kept_in', 'finish', 'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy',
+           'with_means', 'of_statement', 'printed', 'beside_paper', 'projected', 'projected_scores']
 
 # %% ../nbs/31_tables.ipynb #6472d0bc
 from dataclasses import asdict, dataclass, replace
@@ -76,8 +76,8 @@ def profile_path(name # 'quick', 'cpu', 'paper', or the path of a YAML file
     known = sorted(p.stem for p in PROFILES.glob('*.yaml'))
     raise ValueError(f'unknown profile {str(name)!r}; choose one of {known} or name a .yaml file')
 
-# %% ../nbs/31_tables.ipynb #a2ba0f3d
-REQUIRED = {'seeds': list, 'alpha': float, 'data': dict, 'ensemble': dict, 'dp': dict, 'knn': dict}
+# %% ../nbs/31_tables.ipynb #78a74cc8
+REQUIRED = {'seeds': list, 'first_row_seeds': list, 'alpha': float, 'data': dict, 'ensemble': dict, 'dp': dict, 'knn': dict}
 
 def check_profile(profile, # what the YAML file holds
                   name: str # for messages
@@ -88,8 +88,9 @@ def check_profile(profile, # what the YAML file holds
         raise ValueError(f'{name}: missing or unknown settings {sorted(map(short, odd))}; a profile has exactly {sorted(REQUIRED)}')
     for key, kind in REQUIRED.items():
         if not isinstance(profile[key], kind): raise ValueError(f'{name}: {key} must be a {kind.__name__}, got {short(profile[key])}')
-    if not profile['seeds'] or not all(type(s) is int for s in profile['seeds']):
-        raise ValueError(f"{name}: seeds must be a list of integers, got {short(profile['seeds'])}")
+    seeds = profile['seeds'] + profile['first_row_seeds']
+    if not profile['seeds'] or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f'{name}: seeds and first_row_seeds must hold different integers, and seeds at least one; got {short(seeds)}')
     if not 0 < profile['alpha'] < 1: raise ValueError(f"{name}: alpha must lie in (0, 1), got {short(profile['alpha'])}")
     for dataset, source in profile['data'].items(): check_source(source, f'{name}: data.{dataset}', dataset)
     return profile
@@ -107,9 +108,9 @@ def check_source(source, # the profile's entry for a data set
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f'{where}.pairs must be a list of [target, source] classes, got {short(pairs)}')
 
-# %% ../nbs/31_tables.ipynb #268c59a9
+# %% ../nbs/31_tables.ipynb #15b7b4a3
 def load_profile(name # 'quick', 'cpu', 'paper', or the path of a YAML file
-                ) -> dict: # profile (its name), seeds, alpha, data, ensemble, dp, knn
+                ) -> dict: # profile (its name), seeds, first_row_seeds, alpha, data, ensemble, dp, knn
     "Read a profile and check its shape; ValueError names what is unknown, missing or of the wrong type."
     import yaml
     path = profile_path(name)
@@ -124,7 +125,7 @@ def part_of(profile: dict, part: str, dataset: str) -> dict:
     if dataset in profile[part]: return dict(profile[part][dataset])
     raise ValueError(f"profile {profile['profile']!r} has no {part}.{dataset}; it has {sorted(profile[part])}")
 
-# %% ../nbs/31_tables.ipynb #77edc368
+# %% ../nbs/31_tables.ipynb #38867156
 @dataclass(frozen=True)
 class Row:
     "One row of a table, for one pair of classes and one seed."
@@ -138,11 +139,13 @@ class Row:
 
 def rows_of(table: TableSpec, # its axes
             profile: dict # see `load_profile`
-           ) -> list: # 12 rows x pairs x seeds, in the paper's order
+           ) -> list: # 12 rows x pairs x seeds in the paper's order, then the first row's further seeds
     "Every row that a table stands on."
     pairs = [tuple(pair) for pair in part_of(profile, 'data', table.dataset)['pairs']]
-    return [Row(table.number, pair, attack, norm, rate, sigma, seed) for seed in profile['seeds'] for attack in ATTACKS
-            for norm, rate in STRENGTHS for sigma in table.sigmas for pair in pairs]
+    def rows(seed): return [Row(table.number, pair, attack, norm, rate, sigma, seed) for attack in ATTACKS
+                            for norm, rate in STRENGTHS for sigma in table.sigmas for pair in pairs]
+    everywhere = [row for seed in profile['seeds'] for row in rows(seed)]
+    return everywhere + [row for seed in profile['first_row_seeds'] for row in rows(seed)[:len(pairs)]]
 
 # %% ../nbs/31_tables.ipynb #96b00514
 def attacked(row: Row, # of a table
@@ -275,7 +278,7 @@ def supported(statement: Statement, # of an ensemble
     "Whether N models are enough for a statement about two classes."
     return n_models >= bounds.models_needed(statement.bound, certificate.side_level(alpha, 2, statement.simultaneous))
 
-# %% ../nbs/31_tables.ipynb #32a3953c
+# %% ../nbs/31_tables.ipynb #009e77f4
 @dataclass(frozen=True)
 class Finished:
     "A row of a table with everything that its scores need."
@@ -292,6 +295,7 @@ class Finished:
     seconds: float # core time
     machine: str # processor or GPU
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
+    averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
 
 # %% ../nbs/31_tables.ipynb #485476f1
 def summary_of(settings: dict, # of an ensemble or an undefended model
@@ -316,7 +320,7 @@ def describe(settings: dict # of a smoothed ensemble
     private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
     return f"{settings['module']['name']}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}"
 
-# %% ../nbs/31_tables.ipynb #b5fd3227
+# %% ../nbs/31_tables.ipynb #e320ce7f
 def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None) -> Finished | None:
     "Read an ensemble and its undefended model; None if one of them is not finished."
     summary, alone = (summary_of(settings[name], kept) for name in ('smoothed', 'undefended'))
@@ -330,7 +334,7 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None
     return Finished(row, certificates, task.y_test_triggered, task.y_test,
                     tuple(alone.statistics[name].votes.argmax(1) for name in ('triggered', 'clean')),
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, describe(settings['smoothed']),
-                    both[0].n_models, note['seconds'], ', '.join(note['machines']), privacy)
+                    both[0].n_models, note['seconds'], ', '.join(note['machines']), privacy, both[0].mean)
 
 # %% ../nbs/31_tables.ipynb #992eeee1
 def stored_certificate(arrays: dict, part: str, sigma: float) -> certificate.Certificate:
@@ -461,3 +465,27 @@ def beside_paper(scores, # frame of `with_means`
     reported = joined.index.isin(of_statement(joined, statements(table)[0]).index) & (joined.pair == 'mean')
     joined.loc[~reported, ['paper', 'paper_other_reading']] = np.nan
     return joined.assign(difference=joined.value - joined.paper)
+
+# %% ../nbs/31_tables.ipynb #3669da35
+PAPER_N = {'mnist': 1000, 'cifar10': 1000, 'imagenet': 200} # smoothed models behind the paper's Tables 1-6
+
+def projected(f: Finished, # one row of an ensemble
+              n_models: int, # N, as if
+              alpha: float # probability that a certificate fails
+             ) -> certificate.Certificate: # the paper's statement on the triggered points
+    "What the same average outputs would certify if they came from N models; not a certificate of anything that was run."
+    nothing = np.zeros_like(f.averages)
+    pretended = certificate.VoteStatistics(n_models, f.averages, f.averages**2, nothing.astype(np.int64))
+    return certificate.certify_statistics(pretended, GaussianNoise(f.row.sigma), alpha, PAPER.bound, PAPER.votes, PAPER.simultaneous)
+
+# %% ../nbs/31_tables.ipynb #c56e5ca0
+def projected_scores(finished: list, # of Finished
+                     table: TableSpec, # its axes, 1-6
+                     profile: dict # see `load_profile`
+                    ): # frame of `with_means`, the paper's cells only
+    "The paper's metrics of every row under `projected`, at the paper's number of models."
+    n, whole = PAPER_N[table.dataset], []
+    for f in finished:
+        there = (projected(f, n, profile['alpha']), f.certificates[PAPER][1])
+        whole.append(replace(f, certificates={PAPER: there}, n_models=n))
+    return with_means(tidy(whole, table))
