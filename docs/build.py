@@ -326,9 +326,11 @@ def main():
     args = parser.parse_args()
     for folder in (args.work, args.out): shutil.rmtree(folder, ignore_errors=True)
     Site(args.work / 'source').build()
-    command = [sys.executable, '-W', 'ignore', '-m', 'sphinx', '-b', 'html', '-q', '-W', '--keep-going', '-d', args.work / 'doctrees', args.work / 'source', args.out]
+    html = args.work / 'html'  # myst-nb leaves a folder beside it
+    command = [sys.executable, '-W', 'ignore', '-m', 'sphinx', '-b', 'html', '-q', '-W', '--keep-going', '-d', args.work / 'doctrees', args.work / 'source', html]
     if subprocess.run(command).returncode: raise SystemExit('Sphinx complained: see above')
-    prune(args.out)
+    prune(html)
+    shutil.move(html, args.out)
     if complaints := sorted(check(args.out)): raise SystemExit('\n'.join(complaints))
     print(f'{args.out}/index.html: {len(list(args.out.rglob("*.html")))} pages, '
           f'{sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6:.1f} MB')

@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'sort_cells', 'LevelSets', 'xi_over_sets', 'line_cells',
            'cell_masses', 'atom_cells', 'on_grid', 'product_cells', 'Product', 'sampled_cells', 'laplace_quantile',
-           'laplace_cdf', 'closed_form', 'log_overlap', 'components', 'component_cells', 'sampled_least', 'least_vote',
-           'check_probability', 'robustness_condition', 'condition_margin', 'check_log_probability', 'complement',
-           'with_tail', 'close_gap', 'are_close', 'gaussian_radius', 'check_interval', 'log_half_gap',
+           'laplace_cdf', 'closed_form', 'log_overlap', 'components', 'component_cells', 'change_of', 'sampled_least',
+           'least_vote', 'check_probability', 'robustness_condition', 'condition_margin', 'check_log_probability',
+           'complement', 'with_tail', 'close_gap', 'are_close', 'gaussian_radius', 'check_interval', 'log_half_gap',
            'uniform_certifies', 'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius']
 
-# %% ../nbs/00_theory.ipynb #d6fecd72
+# %% ../nbs/00_theory.ipynb #078fcc27
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import maximum_filter1d
-from scipy.signal import fftconvolve
 from scipy.special import logsumexp, ndtr, ndtri, ndtri_exp
 
 # %% ../nbs/00_theory.ipynb #e1d7deaf
@@ -139,11 +137,12 @@ def on_grid(levels, # a LevelSets
     index -= index.min(initial=0)
     return [np.bincount(index, m - up, index.max(initial=0) + 2) + np.bincount(index + 1, up, index.max(initial=0) + 2) for m, up in ((p, up_p), (q, up_q))]
 
-# %% ../nbs/00_theory.ipynb #a3493f50
+# %% ../nbs/00_theory.ipynb #8c9103af
 def product_cells(factors, # LevelSets of independent components
                   n # points of the log-ratio grid
                  ): # a LevelSets
     "Cells of a product of pairs, by convolution over the log-ratio."
+    from scipy.signal import fftconvolve
     spans = [np.ptp(np.log(f.ratio[f.q > 0])) if (f.q > 0).any() else 0. for f in factors]
     width = sum(spans) / n or 1.
     p = q = np.ones(1)
@@ -207,7 +206,7 @@ def log_overlap(shifts, width):
     "log of the product of (1 - |shift| / width)+, the share of a box that its shifted copy still covers, (115)."
     with np.errstate(divide='ignore'): return np.log1p(-np.minimum(np.abs(shifts) / width, 1)).sum()
 
-# %% ../nbs/00_theory.ipynb #29f082e2
+# %% ../nbs/00_theory.ipynb #31e9a3e6
 def components(law):
     "The independent components on the line that make up `law`, or None."
     if isinstance(law, Product): return law.components
@@ -219,6 +218,11 @@ def component_cells(pairs, n):
     factors = [atom_cells(*pair) if hasattr(pair[0], 'pmf') else line_cells(*pair, n) for pair in pairs]
     return factors[0] if len(factors) == 1 else product_cells(factors, 8 * n)
 
+def change_of(fine, coarse): # LevelSets
+    "What twice the cells have changed, the largest within seventeen cells."
+    from scipy.ndimage import maximum_filter1d
+    return maximum_filter1d(np.abs(fine.cum_q - coarse.least(fine.cum_p)), 17)
+
 def sampled_least(eps, delta, p, n, random_state, batches=16):
     "Least vote by Monte Carlo and four standard errors of it."
     if not all(hasattr(law, 'logpdf') and hasattr(law, 'rvs') for law in (eps, delta)):
@@ -227,7 +231,7 @@ def sampled_least(eps, delta, p, n, random_state, batches=16):
     values = np.array([sampled_cells(eps, delta, n, rng).least(p) for _ in range(batches)])
     return values.mean(0), 4 * values.std(0, ddof=1) / np.sqrt(batches)
 
-# %% ../nbs/00_theory.ipynb #8a01ecd1
+# %% ../nbs/00_theory.ipynb #c81ab8ef
 def least_vote(eps, delta, # laws: masses over common atoms, scipy.stats, Product, package noise, or (logpdf, rvs) objects
                p, # vote under eps, in [0, 1], any shape
                numerical=False, # use cells even where a closed form is known
@@ -244,8 +248,7 @@ def least_vote(eps, delta, # laws: masses over common atoms, scipy.stats, Produc
     known = None if numerical else closed_form(pairs)
     if known is not None: return known(p), np.zeros(p.shape)
     fine, coarse = (component_cells(pairs, m) for m in (n, n // 2))
-    change = np.abs(fine.cum_q - coarse.least(fine.cum_p))
-    return fine.least(p), 4 * np.interp(p, fine.cum_p, maximum_filter1d(change, 17))
+    return fine.least(p), 4 * np.interp(p, fine.cum_p, change_of(fine, coarse))
 
 def check_probability(name, p):
     "`p` as float64, or ValueError where it leaves [0, 1]."
