@@ -6,9 +6,9 @@
 __all__ = ['SMALL', 'WHOLE', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 'initial_module', 'has_bf16', 'auto_stack', 'resolved',
            'identity', 'to_rows', 'to_inputs', 'draw_noise', 'smoothed_rows', 'batches', 'saved_bytes', 'group_bytes',
            'noise_room', 'smoothed_batches', 'loss_per_sample', 'soft', 'adam_steps', 'gradient', 'train', 'one_thread',
-           'draw_u', 'answers', 'train_group', 'train_shard', 'check_inputs', 'check_labels', 'map_groups',
-           'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter', 'finished', 'check_outputs',
-           'fingerprint', 'RABClassifier']
+           'draw_u', 'answers', 'healthy_hashes', 'train_group', 'train_shard', 'check_inputs', 'check_labels',
+           'map_groups', 'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter', 'finished',
+           'check_outputs', 'fingerprint', 'RABClassifier']
 
 # %% ../nbs/20_ensemble.ipynb #9c8998a4
 import copy
@@ -238,7 +238,7 @@ def smoothed_batches(spec: TrainSpec, rows: torch.Tensor, shape: tuple, models #
         for i, j in zip(part, torch.arange(slab.shape[1], device=rows.device).split(spec.batch_size)): yield i, slab.index_select(1, j)
     return epoch
 
-# %% ../nbs/20_ensemble.ipynb #14ca5bd6
+# %% ../nbs/20_ensemble.ipynb #b49c2fa5
 def loss_per_sample(outputs: torch.Tensor, # (..., B, 1) or (..., B, C) logits
                     y: torch.Tensor # (B,) labels 0..C-1
                    ) -> torch.Tensor: # (..., B)
@@ -249,6 +249,7 @@ def loss_per_sample(outputs: torch.Tensor, # (..., B, 1) or (..., B, C) logits
     z = outputs.float()
     return F.cross_entropy(z.flatten(0, -2), y.expand(z.shape[:-1]).flatten(), reduction='none').view(z.shape[:-1])
 
+# %% ../nbs/20_ensemble.ipynb #32c88330
 def soft(outputs: torch.Tensor # (..., 1) or (..., C) logits
         ) -> torch.Tensor: # (..., C) probabilities
     "Sigmoid or softmax: the soft output h in [0, 1]."
@@ -314,7 +315,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/20_ensemble.ipynb #09a51144
+# %% ../nbs/20_ensemble.ipynb #9ac4a468
 def draw_u(spec: TrainSpec, # noise, test_noise
                d: int, # values per input
                digests: list # one hash per model
@@ -323,6 +324,7 @@ def draw_u(spec: TrainSpec, # noise, test_noise
     if spec.test_noise == 'none': return torch.zeros(len(digests), 1, d)
     return torch.stack([spec.noise.sample((1, d), generator(int(h, 16), 'test-noise')) for h in digests])
 
+# %% ../nbs/20_ensemble.ipynb #9cf3a058
 @torch.no_grad()
 def answers(spec: TrainSpec, stack: Stack, digests: list, # hashes of the models
             x # (n, ...) inputs
@@ -334,7 +336,16 @@ def answers(spec: TrainSpec, stack: Stack, digests: list, # hashes of the models
     blocks = [soft(stack(to_inputs(block.to(spec.device) + u, shape))) for block in rows.split(EVAL_BLOCK)]
     return torch.cat(blocks, 1).cpu().numpy()
 
-# %% ../nbs/20_ensemble.ipynb #5f6cab1d
+# %% ../nbs/20_ensemble.ipynb #5de63727
+def healthy_hashes(stack: Stack, models # trained; the numbers of its models
+                  ) -> list: # as `hashes`
+    "Hashes of trained models, or ValueError where training diverged."
+    finite = torch.stack([torch.isfinite(w.detach()).reshape(len(models), -1).all(1) for w in stack.weights.values()]).all(0)
+    bad = [k for k, ok in zip(models, finite.tolist()) if not ok]
+    if bad: raise ValueError(f'training diverged for model {bad[0]} ({len(bad)} of {len(models)} in its group): parameters are not finite; try a smaller lr')
+    return hashes(state(stack))
+
+# %% ../nbs/20_ensemble.ipynb #cee02bb7
 def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
                 group: int, # its number
                 keep_models: bool # also return the states
@@ -344,7 +355,7 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
     out = dict(probabilities={})
     def after_epoch(epoch, stack):
         if epoch < spec.epochs and epoch not in spec.snapshots: return
-        out['hashes'] = _healthy_hashes(stack, models)
+        out['hashes'] = healthy_hashes(stack, models)
         suffix = f'@{epoch}' if epoch < spec.epochs else ''
         for name, e in x_evals.items(): out['probabilities'][name + suffix] = answers(spec, stack, out['hashes'], e)
     try: stack = train(spec, x, y, models, after_epoch)
@@ -353,12 +364,6 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
         raise MemoryError(f'{spec.stack} models side by side do not fit on {spec.device}; give a smaller stack, or max_memory, the bytes that a group may take') from e
     if keep_models: out['models'] = {k: v.cpu().numpy().copy() for k, v in state(stack).items()}
     return out
-
-def _healthy_hashes(stack, models):
-    finite = torch.stack([torch.isfinite(w.detach()).reshape(len(models), -1).all(1) for w in stack.weights.values()]).all(0)
-    bad = [k for k, ok in zip(models, finite.tolist()) if not ok]
-    if bad: raise ValueError(f'training diverged for model {bad[0]} ({len(bad)} of {len(models)} in its group): parameters are not finite; try a smaller lr')
-    return hashes(state(stack))
 
 # %% ../nbs/20_ensemble.ipynb #4ec676be
 def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
@@ -381,7 +386,7 @@ def _select(spec, parts, groups, indices):
     digests = [h for p in parts for h in p['hashes']]
     return dict(probabilities=join('probabilities'), hashes=[digests[i] for i in at], models=join('models'))
 
-# %% ../nbs/20_ensemble.ipynb #44563a7a
+# %% ../nbs/20_ensemble.ipynb #8342b2b5
 def check_inputs(X, # (n, ...) numeric
                  shape=None # of one input, where it is known
                 ) -> np.ndarray: # float32
@@ -394,6 +399,7 @@ def check_inputs(X, # (n, ...) numeric
     if shape is not None and X.shape[1:] != tuple(shape): raise ValueError(f'X has inputs of shape {X.shape[1:]}, the models were trained on {tuple(shape)}')
     return X
 
+# %% ../nbs/20_ensemble.ipynb #8aacaa06
 def check_labels(y, # (n,) labels of any sortable type
                  n: int # number of inputs
                 ) -> tuple: # classes, (n,) numbers 0..C-1
@@ -453,7 +459,7 @@ def answer_groups(spec: TrainSpec, # resolved
         stack = load_state(Stack(spec.module, spec.stack, spec.device), states)
         with one_thread(): yield answers(spec, stack, group['hashes'], x)
 
-# %% ../nbs/20_ensemble.ipynb #7715ba41
+# %% ../nbs/20_ensemble.ipynb #2c66b907
 def save_groups(path, done: dict, about: dict # plain values to keep beside the models
                ) -> None:
     "Write trained groups to a safetensors file."
@@ -462,6 +468,7 @@ def save_groups(path, done: dict, about: dict # plain values to keep beside the 
     text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=list(groups[0]['models'])))
     save_file({k: np.concatenate([g['models'][k] for g in groups]) for k in groups[0]['models']}, path, metadata=dict(rab_nb=text))
 
+# %% ../nbs/20_ensemble.ipynb #4cd3f1fc
 def load_groups(path, module: nn.Module # what `save_groups` wrote; the network that was trained
                ) -> tuple: # groups as from `train_groups`, about
     "Read trained groups and check them."
@@ -521,33 +528,24 @@ def finished(done: dict, # group number -> result
     "Which models of the finished groups belong to the ensemble."
     return np.array([g * stack + j < n for g in done for j in range(stack)])
 
-# %% ../nbs/20_ensemble.ipynb #ea8cb949
+# %% ../nbs/20_ensemble.ipynb #f00e830e
 def _stored(group, name):
     if name not in group['probabilities']: raise ValueError(f'no evaluation set {name!r} was given to fit; it had {list(group["probabilities"])}')
     return group['probabilities'][name]
 
-def _about(self):
-    settings = {k: getattr(self.spec_, k) for k in ('epochs', 'batch_size', 'lr', 'random_state', 'test_noise', 'precision', 'stack', 'device')}
-    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise), dp=repr(self.dp), classes=self.classes_.tolist(), input_shape=self.input_shape_)
-
-def _load(cls, path, module):
-    groups, about = load_groups(path, initial_module(module, 0))
-    self = cls(module, noise_from_repr(about['noise']), **about['settings'])
-    if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
-    self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
-    self.n_features_in_, self.spec_, self.groups_ = math.prod(self.input_shape_), _spec(self), groups
-    return self
-
-# %% ../nbs/20_ensemble.ipynb #e893af68
+# %% ../nbs/20_ensemble.ipynb #d036e3aa
 def check_outputs(spec: TrainSpec, x # resolved; some inputs
                  ) -> None:
     "ValueError if the module does not map inputs to one logit, or one per class."
-    with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(x[:2].copy())).shape)
+    try:
+        with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(x[:2].copy())).shape)
+    except Exception as e: raise ValueError(f'module fails on inputs of shape {x.shape[1:]}: {e}') from e
     n = len(x[:2])
     allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
     if shape not in allowed:
         raise ValueError(f'module must map {n} inputs to outputs of shape {" or ".join(map(str, allowed))} for {spec.n_classes} classes, got {shape}')
 
+# %% ../nbs/20_ensemble.ipynb #1c2218f9
 def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
                ) -> str: # 64 hexadecimal digits
     "Hash of everything that a group's result depends on."
@@ -602,3 +600,16 @@ class RABClassifier(_Fit):
     def load(cls, path, module): # the file; the module or function that `fit` had
         "Read what `save` wrote."
         return _load(cls, path, module)
+
+# %% ../nbs/20_ensemble.ipynb #741a1e66
+def _about(self):
+    settings = {k: getattr(self.spec_, k) for k in ('epochs', 'batch_size', 'lr', 'random_state', 'test_noise', 'precision', 'stack', 'device')}
+    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise), dp=repr(self.dp), classes=self.classes_.tolist(), input_shape=self.input_shape_)
+
+def _load(cls, path, module):
+    groups, about = load_groups(path, initial_module(module, 0))
+    self = cls(module, noise_from_repr(about['noise']), **about['settings'])
+    if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
+    self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
+    self.n_features_in_, self.spec_, self.groups_ = math.prod(self.input_shape_), _spec(self), groups
+    return self

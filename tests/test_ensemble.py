@@ -4,7 +4,10 @@ import hashlib
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +21,10 @@ from sklearn.model_selection import cross_val_score
 from rab_nb import ensemble, models
 from rab_nb.attacks import OnePixel, poison
 from rab_nb.data import load
+from rab_nb.dp import DPSGD
 from rab_nb.ensemble import RABClassifier, TrainSpec, batches, resolved, train_shard
-from rab_nb.noise import GaussianNoise, UniformNoise, generator
+from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, generator
+from rab_nb.stacked import check_independence
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,14 +210,132 @@ def test_snapshots_are_shorter_trainings():
         assert np.array_equal(long[f'test@{e}'], short)
 
 
-def test_noise_drawn_by_row_is_fixed_over_epochs(monkeypatch):
-    monkeypatch.setattr(ensemble, 'STORED_BYTES', dict(cpu=0))
-    rows = torch.zeros(6, 5)
-    get = ensemble.smoothed_rows(spec(), rows, [2, 3])
-    a, b = get(torch.tensor([1, 4])), get(torch.tensor([4, 0]))
-    assert torch.equal(a[:, 1], b[:, 0]) and a.unique().numel() == a.numel()
-    p = train_shard(spec(), X[:50], Y[:50], dict(test=X[60:70]), range(4))['probabilities']['test']
-    assert np.array_equal(p, train_shard(spec(), X[:50], Y[:50], dict(test=X[60:70]), range(4))['probabilities']['test'])
+@pytest.mark.parametrize('noise', [GaussianNoise(.5), UniformNoise(-1., 1.), LaplaceNoise(.3)])
+@pytest.mark.parametrize('whole', [ensemble.WHOLE, 10])
+def test_noise_kept_and_noise_drawn_again_are_the_same_bits(noise, whole, monkeypatch):
+    "Whole draws and one stream per row; the smallest bound holds one batch, and the last batch of an epoch is smaller."
+    monkeypatch.setattr(ensemble, 'WHOLE', whole)
+    s, evals = resolved(spec(noise=noise)), dict(test=X[60:70])
+    kept = train_shard(s, X[:50], Y[:50], evals, range(4))
+    need, batch = ensemble.group_bytes(s, 50, (1, 8, 8)), 4 * 4 * 32 * 64
+    monkeypatch.setattr(ensemble, 'smoothed_rows', counted := Counted(ensemble.smoothed_rows))
+    drawn = train_shard(replace(s, max_memory=need + batch), X[:50], Y[:50], evals, range(4))
+    assert counted.calls == 4  # two batches in each of two epochs
+    assert np.array_equal(kept['probabilities']['test'], drawn['probabilities']['test']) and kept['hashes'] == drawn['hashes']
+
+
+class Counted:
+    def __init__(self, f): self.f, self.calls = f, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.f(*args)
+
+
+def test_noise_does_not_depend_on_the_stack():
+    rows = torch.rand(20, 9)
+    alone, together = (ensemble.smoothed_rows(resolved(spec(stack=m)), rows, range(m)) for m in (1, 7))
+    assert torch.equal(alone[0], together[0])
+
+
+def test_max_memory_is_no_part_of_a_runs_identity():
+    assert ensemble.identity(spec(max_memory=10**9)) == ensemble.identity(spec())
+    assert 'max_memory' not in repr(spec(max_memory=10**9))
+    bounded = classifier(max_memory=10**7)
+    assert np.array_equal(probabilities(bounded), probabilities(classifier()))
+    assert bounded.spec_.max_memory == 10**7
+    for bad in (0, -1, 1.5, '2GB'):
+        with pytest.raises(ValueError, match='max_memory'): spec(max_memory=bad)
+    with pytest.raises(ValueError, match=r'more than max_memory = 1,000; allow more, or give a smaller stack'): probabilities(classifier(max_memory=1000))
+
+
+PEAK = """
+import re, sys
+sys.path.insert(0, {folder!r})
+from test_ensemble import *
+from rab_nb.ensemble import group_bytes
+
+def status(key): return 1024 * int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1])
+
+n, shape, s = {n}, {shape}, resolved(spec(module={module}, stack={stack}, batch_size={batch_size}, epochs=1))
+x, y = np.random.default_rng(0).random((n, *shape), dtype=np.float32), np.arange(n) % 2
+train_shard(replace(s, stack=1), x[:4], y[:4], {{}}, [0])
+need, noise, batch = group_bytes(s, n, shape), 4 * x.size * s.stack, 4 * s.stack * s.batch_size * x[0].size
+for limit in (None, need + 2 * batch):
+    open('/proc/self/clear_refs', 'w').write('5')
+    before = status('VmRSS')
+    train_shard(replace(s, max_memory=limit), x, y, dict(test=x[:600]), range(s.stack))
+    print(status('VmHWM') - before, need + noise if limit is None else limit)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='reads the peak memory from /proc')
+@pytest.mark.parametrize('module, stack, n, shape, batch_size', [
+    ('models.mnist_cnn', 8, 600, (1, 28, 28), 128), ('lambda: models.mlp(784, width=8)', 10, 10_000, (1, 28, 28), 256),
+    ('models.small_resnet', 3, 400, (3, 32, 32), 64)])
+def test_peak_memory_is_what_was_estimated_and_allowed(module, stack, n, shape, batch_size):
+    "Within a factor of two, and for a data set whose noise is most of it, the bound halves the peak at least."
+    script = PEAK.format(folder=str(Path(__file__).parent), module=module, stack=stack, n=n, shape=shape, batch_size=batch_size)
+    run = subprocess.run([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True, timeout=600, check=True)
+    (peak, estimate), (bounded, limit) = (map(int, line.split()) for line in run.stdout.splitlines())
+    assert estimate / 2 < peak < 2 * estimate and bounded < 2 * limit
+    if n == 10_000: assert bounded < peak / 2
+
+
+def test_too_little_memory_names_the_remedies(monkeypatch):
+    def full(*args): raise error
+    monkeypatch.setattr(ensemble, 'train', full)
+    for error in (torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()):
+        with pytest.raises(MemoryError, match='4 models side by side do not fit on cpu; give a smaller stack, or max_memory'): train_shard(spec(), X[:50], Y[:50], {}, [0])
+    error = RuntimeError('something else')
+    with pytest.raises(RuntimeError, match='something else'): train_shard(spec(), X[:50], Y[:50], {}, [0])
+
+
+@pytest.mark.parametrize('gigabytes, expected', [(150, 25), (24, 5), (2, 1)])
+def test_automatic_stack_of_a_gpu_follows_its_total_memory(gigabytes, expected, monkeypatch):
+    "Resnet-18 with Adam is 187 MB a model."
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gigabytes * 10**9))
+    assert ensemble.auto_stack(11_690_513, 'cuda') == expected
+    assert ensemble.auto_stack(276_417, 'cuda') == 25
+
+
+def test_read_only_arrays_are_copied_in_silence(tmp_path):
+    x, y = X[:60].copy(), Y[:60].copy()
+    x.flags.writeable = y.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        clf = classifier().fit(x, y, dict(test=x))
+        p = clf.model_probabilities(x)
+        clf.save(tmp_path / 'a.safetensors')
+        assert np.array_equal(RABClassifier.load(tmp_path / 'a.safetensors', models.digits_cnn).model_probabilities(x), p)
+        train_shard(spec(dp=DPSGD(1., 1.)), x, y, dict(test=x), [0])
+    assert np.array_equal(clf.model_probabilities('test'), p)
+
+
+class Mixing(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x): return self.how(x.flatten(1))
+
+
+@pytest.mark.parametrize('how', [lambda x: x - x.mean(0), lambda x: x.view(4, -1), lambda x: x[[3, 2, 1, 0]], lambda x: x * x[:4].abs().sum(0),
+                                 lambda x: x if len(x) == 4 else 1 / 0 * x, lambda x: x[:4]])
+@pytest.mark.parametrize('scale', [1., 1e30])
+def test_a_module_that_mixes_samples_is_named(how, scale):
+    with pytest.raises(ValueError, match=r'cannot stack 0 \(Mixing\)'):
+        check_independence(nn.Sequential(Mixing(how), nn.Linear(64, 1)), torch.from_numpy(X[:4]) * scale)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 3e38])
+def test_odd_values_are_not_taken_for_mixing(value):
+    x = torch.from_numpy(X[:4].copy())
+    x[1] = value
+    check_independence(models.digits_cnn(), x)
+    check_independence(with_batch_norm(), torch.full((4, 3, 8, 8), value))
+    with pytest.raises(ValueError, match='diverged'): train_shard(spec(), np.where(np.arange(50)[:, None, None, None] == 7, np.float32(np.nan), X[:50]), Y[:50], {}, [0])
 
 
 def test_save_and_load(tmp_path):
@@ -314,17 +437,47 @@ def test_ensemble_does_not_import_its_hook():
     assert 'dp' not in names
 
 
+@pytest.fixture
+def same_noise(monkeypatch):
+    "CPU and CUDA draw different numbers; here both get the CPU's."
+    def drawn_on_cpu(s, rows, k, i=None): return draw(s, rows.cpu(), k, i if i is None else i.cpu()).to(rows.device)
+    draw = ensemble.draw_noise
+    monkeypatch.setattr(ensemble, 'draw_noise', drawn_on_cpu)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_cuda_trains_the_same_networks_up_to_rounding():
-    here, there = resolved(spec(precision='float32')), resolved(spec(device='cuda', precision='float32'))
-    rows = ensemble.to_rows(X[:100])
-    z = torch.stack([rows + GaussianNoise(.5).sample(rows.shape, generator(0, 'train-noise', k)) for k in range(4)])
-    states = []
-    for s in (here, there):
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(ensemble, 'smoothed_rows', lambda spec, rows, models: lambda i: z.to(rows.device)[:, i])
-            states.append(ensemble.state(ensemble.train(s, X[:100], Y[:100], range(4), lambda e, s: None)))
-    for k in states[0]: torch.testing.assert_close(states[0][k], states[1][k].cpu(), atol=2e-4, rtol=0)
+@pytest.mark.parametrize('stack', [1, 4])
+@pytest.mark.parametrize('make, shape', [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)), (with_batch_norm, (3, 8, 8))])
+def test_cuda_trains_the_same_networks_up_to_rounding(make, shape, stack, same_noise):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((40, *shape), dtype=np.float32), rng.integers(0, 2, 40)
+    states = [ensemble.state(ensemble.train(resolved(spec(module=make, device=d, precision='float32', stack=stack, lr=1e-3)), x, y, range(stack))) for d in ('cpu', 'cuda')]
+    for k in states[0]: torch.testing.assert_close(states[0][k], states[1][k].cpu(), atol=5e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('dp', [None, DPSGD(1., .5)])
+def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp):
+    s, evals = resolved(spec(device='cuda', dp=dp)), dict(test=X[60:70])
+    whole = train_shard(s, X[:50], Y[:50], evals, range(8))
+    again = train_shard(s, X[:50], Y[:50], evals, [6, 1])
+    assert np.array_equal(again['probabilities']['test'], whole['probabilities']['test'][[6, 1]]) and again['hashes'][0] == whole['hashes'][6]
+    bound = ensemble.group_bytes(s, 50, (1, 8, 8)) + 4 * 4 * 32 * 64
+    assert train_shard(replace(s, max_memory=bound), X[:50], Y[:50], evals, range(8))['hashes'] == whole['hashes']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_cuda_steps_do_not_wait_for_the_device():
+    s = resolved(spec(device='cuda', epochs=1))
+    ensemble.train(s, X[:100], Y[:100], range(4))
+    torch.cuda.set_sync_debug_mode('error')
+    try: smoothed = ensemble.smoothed_batches(s, ensemble.to_rows(X[:100]).cuda(), (1, 8, 8), range(4))
+    finally: torch.cuda.set_sync_debug_mode('default')
+    stack, y = ensemble.Stack(s.module, 4, 'cuda'), torch.zeros(100, dtype=torch.int64, device='cuda')
+    for step, (i, z) in enumerate(smoothed(batches(s, 0, 100))):
+        torch.cuda.set_sync_debug_mode('error')
+        try: ensemble.gradient(s, stack, ensemble.to_inputs(z, (1, 8, 8)), y[i], range(4), step)
+        finally: torch.cuda.set_sync_debug_mode('default')
 
 
 @pytest.mark.slow
