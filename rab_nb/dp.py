@@ -32,13 +32,14 @@ def ghost(rows: torch.Tensor, # A: (M, B, L, i)
     squares = ((rows @ rows.mT) * (grads @ grads.mT)).sum((2, 3))
     return squares, lambda c: (c[..., None, None] * grads).flatten(1, 2).mT @ rows.flatten(1, 2)
 
-# %% ../nbs/21_dp.ipynb #174a073c
+# %% ../nbs/21_dp.ipynb #9483e0f8
 def direct(rows: torch.Tensor, grads: torch.Tensor # as in `ghost`
           ) -> tuple: # as in `ghost`
     "Norms and weighted sums of the per-sample gradients G'A of one layer by forming them."
     each = grads.mT @ rows
     return torch.linalg.vector_norm(each.flatten(2), dim=2, dtype=torch.float32).square(), partial(_weighted, each)
 
+# %% ../nbs/21_dp.ipynb #adf7103f
 def _weighted(each, c): # (M, B, ...), (M, B) -> (M, ...)
     return torch.bmm(c[:, None], each.flatten(2).float()).squeeze(1).unflatten(1, each.shape[2:])
 
@@ -48,13 +49,14 @@ def ghost_is_cheaper(length: int, i: int, o: int # L, inputs, outputs of a layer
     "Whether Gram matrices take fewer multiplications than per-sample gradients."
     return length * (i + o) < i * o
 
-# %% ../nbs/21_dp.ipynb #61e8f4b6
+# %% ../nbs/21_dp.ipynb #6c625f39
 def linear_rows(layer, x: torch.Tensor, # (M*B, ..., i) input
                 g: torch.Tensor # (M*B, ..., o) gradient of the output
                ) -> tuple: # (M*B, L, i), (M*B, L, o)
     "Rows and output gradients of a linear layer."
     return x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
 
+# %% ../nbs/21_dp.ipynb #b7234cc6
 def conv_rows(layer, x: torch.Tensor, # (M*B, c, h, w) input
               g: torch.Tensor # (M*B, o, h', w') gradient of the output
              ) -> tuple: # (M*B, h'w', kh*kw*c), (M*B, h'w', o)
@@ -63,7 +65,7 @@ def conv_rows(layer, x: torch.Tensor, # (M*B, c, h, w) input
     rows = Windows.apply(F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)), size, layer.stride)
     return rows.flatten(1, 2), g.permute(0, 2, 3, 1).flatten(1, 2)
 
-# %% ../nbs/21_dp.ipynb #ad748fc2
+# %% ../nbs/21_dp.ipynb #d0c37e53
 def matrix_parts(layer, calls: list, # (input, gradient of the output) of each use of the layer
                  m: int # number of models
                 ): # yields (parameter, squared norms (M, B), function of factors -> sum (M, ...))
@@ -80,6 +82,7 @@ def matrix_parts(layer, calls: list, # (input, gradient of the output) of each u
 def _as_kernel(w, shape): # (M, o, kh*kw*c) -> (M, o, c, kh, kw)
     return w.unflatten(2, (*shape[3:], shape[2])).permute(0, 1, 4, 2, 3)
 
+# %% ../nbs/21_dp.ipynb #ec71d8a7
 def _kept(parameter, each): # each: (M, B, ...) per-sample gradients
     return parameter, each.flatten(2).square().sum(2), partial(_weighted, each)
 
@@ -127,13 +130,14 @@ def record(stack: Stack, # folded
 
 PARTS = {StackedLinear: matrix_parts, StackedConv2d: matrix_parts, StackedGroupNorm: norm_parts}
 
-# %% ../nbs/21_dp.ipynb #c81c1bd1
+# %% ../nbs/21_dp.ipynb #0a804f99
 def clip_factors(norms: torch.Tensor, # (M, B) norms of the per-sample gradients
                  max_grad_norm: float # C
                 ) -> torch.Tensor: # (M, B) in (0, 1]
     "min(1, C / norm) for every sample."
     return (max_grad_norm / (norms + 1e-6)).clamp(max=1)
 
+# %% ../nbs/21_dp.ipynb #b68873ed
 def check_finite(norms: torch.Tensor, # (M, B)
                  models, step # to name in the message
                 ) -> None: # or ValueError
@@ -172,7 +176,7 @@ def add_noise(stack: Stack, # its gradient is changed in place
     noise = torch.stack([draw(g) for g in generators]).mul_(std)
     for w, part in zip(trained, noise.split(sizes, 1)): w.grad += part.view(w.shape)
 
-# %% ../nbs/21_dp.ipynb #6396bd08
+# %% ../nbs/21_dp.ipynb #86c51610
 def check_layers(module: nn.Module # a network, or the stacked module of a `Stack`
                 ) -> None: # or ValueError
     "Refuse layers whose per-sample gradients are undefined or unknown, by name."
@@ -186,21 +190,25 @@ def check_layers(module: nn.Module # a network, or the stacked module of a `Stac
             if p is not None and owners.setdefault(p, name) != name:
                 raise ValueError(f'{where} shares a parameter with layer {owners[p]!r}; DPSGD supports a layer used twice, not two layers with one parameter')
 
+def _supported(layer):
+    layer = layer if type(layer) in PARTS else stacked_layer(layer)
+    return type(layer) in PARTS and (getattr(layer, 'groups', 1), getattr(layer, 'dilation', (1, 1))) == (1, (1, 1))
+
+# %% ../nbs/21_dp.ipynb #b4130668
 def _no_batch_norm(where, layer):
     c = getattr(layer, 'num_features', None) or layer.running_mean.shape[-1]
     return (f'{where} mixes the samples of a batch, so DP-SGD has no per-sample gradient to clip; use nn.GroupNorm({max(1, c // 4)}, {c}) '
             f"in its place (the networks in rab_nb.models take norm='group')")
 
-def _supported(layer):
-    layer = layer if type(layer) in PARTS else stacked_layer(layer)
-    return type(layer) in PARTS and (getattr(layer, 'groups', 1), getattr(layer, 'dilation', (1, 1))) == (1, (1, 1))
-
-# %% ../nbs/21_dp.ipynb #df148e52
+# %% ../nbs/21_dp.ipynb #c5f2af1a
 def _needs_opacus(what):
     try: import opacus
     except ImportError as error: raise ImportError(f'{what} needs the package opacus: pip install opacus') from error
     return opacus
 
+def _row_major(layer, args): return tuple(a.contiguous() for a in args)
+
+# %% ../nbs/21_dp.ipynb #fd626651
 def opacus_gradient(dp, stack: Stack, x, y, loss, generators, batch_size, models, step) -> None:
     "The same gradient by Opacus: hooks on the module, then clipping and noise of its DPOptimizer."
     opacus = _needs_opacus("engine='opacus'")
@@ -221,9 +229,15 @@ def opacus_gradient(dp, stack: Stack, x, y, loss, generators, batch_size, models
     module.to_standard_module()
     for hook in hooks: hook.remove()
 
-def _row_major(layer, args): return tuple(a.contiguous() for a in args)
+# %% ../nbs/21_dp.ipynb #4917583a
+def _check_settings(dp):
+    for name, allowed, ok in ('max_grad_norm', '> 0', lambda v: v > 0), ('noise_multiplier', '>= 0', lambda v: v >= 0):
+        value = getattr(dp, name)
+        if not (math.isfinite(value) and ok(value)): raise ValueError(f'{name} must be a finite number {allowed}, got {value!r}')
+        object.__setattr__(dp, name, float(value))
+    if dp.engine not in ('ghost', 'opacus'): raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
 
-# %% ../nbs/21_dp.ipynb #bed6da8c
+# %% ../nbs/21_dp.ipynb #67910946
 @dataclass(frozen=True)
 class DPSGD:
     "Per-sample clipping and noise for every model of an ensemble (Section 6.2): `RABClassifier(..., dp=DPSGD(5., 4.))`."
@@ -247,21 +261,13 @@ class DPSGD:
         private = _ghost_gradient if self.engine == 'ghost' else opacus_gradient
         private(self, stack, x, y, loss, generators, batch_size, models, step)
 
-# %% ../nbs/21_dp.ipynb #167ae83b
-def _check_settings(dp):
-    for name, allowed, ok in ('max_grad_norm', '> 0', lambda v: v > 0), ('noise_multiplier', '>= 0', lambda v: v >= 0):
-        value = getattr(dp, name)
-        if not (math.isfinite(value) and ok(value)): raise ValueError(f'{name} must be a finite number {allowed}, got {value!r}')
-        object.__setattr__(dp, name, float(value))
-    if dp.engine not in ('ghost', 'opacus'): raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
-
 def _ghost_gradient(dp, stack, x, y, loss, generators, batch_size, models, step):
     check_layers(stack.module)
     clipped_sum(stack, x, y, loss, dp.max_grad_norm, models, step)
     if dp.noise_multiplier: add_noise(stack, dp.noise_multiplier * dp.max_grad_norm, generators)
     stack.flat.grad /= batch_size
 
-# %% ../nbs/21_dp.ipynb #4e52f6fd
+# %% ../nbs/21_dp.ipynb #735af44e
 def gaussian_log_delta(epsilon: float, # >= 0
                        mu: float # shift of a unit normal variable, > 0
                       ) -> float: # log of delta
@@ -269,6 +275,7 @@ def gaussian_log_delta(epsilon: float, # >= 0
     a, b = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
     return float(a + math.log(-math.expm1(b - a))) if b < a else -math.inf
 
+# %% ../nbs/21_dp.ipynb #0e34e36f
 def gaussian_epsilon(mu: float, # shift of a unit normal variable, > 0
                      delta: float # in (0, 1)
                     ) -> float: # smallest epsilon, rounded up
@@ -296,7 +303,7 @@ def poisson_epsilon(accountant: str, # 'rdp' or 'prv'
         if accountant == 'rdp': return by_rdp
         return float(prv.get_epsilon(delta)) if by_rdp < PRV_LIMIT else math.inf
 
-# %% ../nbs/21_dp.ipynb #ead56f67
+# %% ../nbs/21_dp.ipynb #f6d4c4d4
 def epsilon(n: int, # training points
             batch_size: int, epochs: int,
             noise_multiplier: float, # in units of the clipping norm, which itself does not matter
@@ -311,6 +318,7 @@ def epsilon(n: int, # training points
     if accountant == 'fixed': return gaussian_epsilon(math.sqrt(epochs * n_models) / noise_multiplier, delta)
     return poisson_epsilon(accountant, batch_size / n, n_models * epochs * math.ceil(n / batch_size), noise_multiplier, delta)
 
+# %% ../nbs/21_dp.ipynb #d0a90491
 def _check_accounting(n, batch_size, epochs, noise_multiplier, delta, accountant, n_models):
     for name, value in dict(n=n, batch_size=batch_size, epochs=epochs, n_models=n_models).items():
         if not (value >= 1 and value == int(value)): raise ValueError(f'{name} must be a whole number >= 1, got {value!r}')
@@ -319,7 +327,7 @@ def _check_accounting(n, batch_size, epochs, noise_multiplier, delta, accountant
     if not 0 < delta < 1: raise ValueError(f'delta must be between 0 and 1, got {delta!r}')
     if accountant not in ('fixed', 'rdp', 'prv'): raise ValueError(f"accountant must be 'fixed', 'rdp' or 'prv', got {accountant!r}")
 
-# %% ../nbs/21_dp.ipynb #0104d164
+# %% ../nbs/21_dp.ipynb #5fd5b25c
 PAPER_SETTINGS = { # table, pair: n, batch_size, epochs, C, noise multiplier, N
     (4, 'MNIST 0/1'): (12665, 128, 20, 5., 4., 1000), (4, 'MNIST 8/6'): (11769, 128, 20, 5., 4., 1000),
     (5, 'CIFAR-10'): (10000, 64, 10, 100., .1, 1000),
@@ -332,6 +340,7 @@ def privacy_spent(n: int, batch_size: int, epochs: int, noise_multiplier: float,
     one = {f'epsilon_{a}': epsilon(*args, accountant=a) for a in ('fixed', 'rdp', 'prv')}
     return one | {'epsilon_ensemble': epsilon(*args, accountant='fixed', n_models=n_models)}
 
+# %% ../nbs/21_dp.ipynb #73cd039a
 def privacy_table() -> 'pandas.DataFrame': # one row per setting
     "Privacy spent by the settings of the paper's Tables 4 to 6, which report none."
     import pandas as pd
