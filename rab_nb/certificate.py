@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_probabilities', 'hard_votes', 'VoteStatistics', 'Evidence', 'Certificate', 'exact_certificate', 'side_level',
-           'rivals_upper', 'check_settings', 'certify_statistics', 'certify']
+           'rivals_upper', 'check_settings', 'certify_statistics', 'certify', 'with_betting']
 
 # %% ../nbs/03_certificate.ipynb #0170c597
 import csv
@@ -40,7 +40,7 @@ def hard_votes(probabilities: np.ndarray # (..., n_classes)
     classes = np.arange(probabilities.shape[-1])
     return (probabilities.argmax(-1)[..., None] == classes).astype(float)
 
-# %% ../nbs/03_certificate.ipynb #b20befd3
+# %% ../nbs/03_certificate.ipynb #f9c32a6b
 @dataclass(frozen=True)
 class VoteStatistics:
     "What N models said about each point and class, without the outputs themselves."
@@ -48,6 +48,7 @@ class VoteStatistics:
     mean: np.ndarray # (n_points, n_classes), mean probability
     second_moment: np.ndarray # (n_points, n_classes), mean squared probability
     votes: np.ndarray # (n_points, n_classes) int64, number of models whose most probable class it is
+    betting: tuple | None = None # level of one side, lower and upper bounds (n_points, n_classes), see `with_betting`
 
     @classmethod
     def from_probabilities(cls, probabilities) -> 'VoteStatistics':
@@ -55,7 +56,7 @@ class VoteStatistics:
         return _statistics(np.asarray(probabilities))
 
     def merge(self, other: 'VoteStatistics') -> 'VoteStatistics':
-        "Statistics of two disjoint sets of models, asked about the same points."
+        "Statistics of two disjoint sets of models, asked about the same points; betting bounds do not add up and are dropped."
         return _merge(self, other)
 
 # %% ../nbs/03_certificate.ipynb #2f15ec5e
@@ -188,11 +189,11 @@ def _certify(n_models, mean, sides, noise, alpha, bound, votes, simultaneous, fa
     return _certificate(top, p_a, rivals_upper(top, p_a, upper, simultaneous), noise, radius_arguments, alpha=float(alpha), bound=bound,
                         votes=votes, n_models=n_models, simultaneous=simultaneous, familywise=familywise)
 
-# %% ../nbs/03_certificate.ipynb #9ada22ac
+# %% ../nbs/03_certificate.ipynb #8468cd5e
 def certify_statistics(stats: VoteStatistics, # of all models
                        noise, # the smoothing noise
                        alpha: float = .001, # probability that a certificate fails
-                       bound: str = 'hoeffding', # or 'empirical_bernstein', 'clopper_pearson'
+                       bound: str = 'hoeffding', # or 'empirical_bernstein', 'clopper_pearson', and 'betting' where its bounds were kept
                        votes: str = 'soft', # average probabilities, or 'hard': count decisions
                        simultaneous: bool = True, # False: the paper's columns
                        familywise: bool = False, # make all points' certificates hold together
@@ -201,12 +202,11 @@ def certify_statistics(stats: VoteStatistics, # of all models
     "`certify` for statistics that a run has kept."
     n, counts = stats.n_models, stats.votes / stats.n_models
     mean, square = (counts, counts) if votes == 'hard' else (stats.mean, stats.second_moment)
-    sides = lambda level: _statistics_sides(bound, n, mean, square, level)
+    sides = lambda level: _betting_kept(stats, level, votes) if bound == 'betting' else _statistics_sides(bound, n, mean, square, level)
     return _certify(n, mean, sides, noise, alpha, bound, votes, simultaneous, familywise, radius_arguments)
 
 def _statistics_sides(bound, n, mean, square, level):
     "Lower and upper bounds of all classes from sums."
-    if bound == 'betting': raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...)')
     if bound != 'clopper_pearson': return getattr(bounds, f'{bound}_moments')(n, mean, square, level)
     if not np.array_equal(mean, square): raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
     return bounds.clopper_pearson_hits(n, np.round(n*mean), level)
@@ -233,6 +233,20 @@ def _betting_sides(x, level):
     if x.shape[2] > 2: return bounds.betting(x, level)
     low, high = bounds.betting(x[..., 1], level)
     return np.stack([1 - high, low], 1), np.stack([1 - low, high], 1)
+
+# %% ../nbs/03_certificate.ipynb #bf7d9779
+def with_betting(stats: VoteStatistics, # of these outputs
+                 probabilities, # (n_models, n_points, n_classes), in the order of the models
+                 level: float # of one side, see `side_level`
+                ) -> VoteStatistics: # the same, with `betting`
+    "Statistics that `certify_statistics` can use with bound='betting', at this level only."
+    return replace(stats, betting=(float(level), *_betting_sides(check_probabilities(probabilities), level)))
+
+def _betting_kept(stats, level, votes):
+    "Stored betting bounds, if they are of this level."
+    if stats.betting is None or votes != 'soft': raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...) or keep its bounds by with_betting')
+    if not np.isclose(stats.betting[0], level, rtol=1e-12): raise ValueError(f'betting bounds were kept for the level {stats.betting[0]:g} per side, not for {level:g}')
+    return stats.betting[1:]
 
 # %% ../nbs/03_certificate.ipynb #9c922fef
 def _tolerated(certificate, n_poisoned):

@@ -37,14 +37,14 @@ from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-# %% ../nbs/30_runs.ipynb #d18f37cb
+# %% ../nbs/30_runs.ipynb #2ca6d8c2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from . import attacks, data, ensemble
 from . import models as networks
-from .certificate import VoteStatistics, hard_votes
+from .certificate import VoteStatistics, hard_votes, with_betting
 from .noise import noise_from_repr, rng
 
 # %% ../nbs/30_runs.ipynb #2b7d595f
@@ -693,7 +693,7 @@ def statistics(run: Run, # complete
         for p in outputs.astype(np.float64): total, square = total + p, square + p * p
     return VoteStatistics(n, total / n, square / n, votes)
 
-# %% ../nbs/30_runs.ipynb #d3258c74
+# %% ../nbs/30_runs.ipynb #50171460
 @dataclass(frozen=True, eq=False)
 class Summary:
     "Everything that the tables need of a complete run."
@@ -706,7 +706,9 @@ def experiment_id(settings: dict # with or without 'environment'
     "`run_id` of what was asked for, whatever machine answered."
     return run_id({k: v for k, v in settings.items() if k != 'environment'})
 
-def summarize(run: Run # complete
+# %% ../nbs/30_runs.ipynb #3b8b0a63
+def summarize(run: Run, # complete
+              betting_level: float | None = None # also keep betting bounds, at this level of one side
              ) -> Summary: # of all its probabilities
     "Reduce a run to its statistics and its cost."
     first = run.read(0)[0]
@@ -717,15 +719,20 @@ def summarize(run: Run # complete
         notes.append(note)
         if 'hashes' in arrays: digest.update(arrays['hashes'].tobytes())
     cost = dict(seconds=round(sum(n['seconds'] for n in notes), 3), machines=sorted({n['machine'] for n in notes}), torch=sorted({n['torch'] for n in notes}))
-    return Summary(run.settings, {name: run.statistics(name) for name in names}, cost | {'digest': digest.hexdigest()})
+    kept = {name: run.statistics(name) for name in names}
+    if betting_level: kept = {name: with_betting(stats, run.arrays(name), betting_level) for name, stats in kept.items()}
+    return Summary(run.settings, kept, cost | {'digest': digest.hexdigest()})
 
-# %% ../nbs/30_runs.ipynb #8c461de5
+# %% ../nbs/30_runs.ipynb #617301dd
 def write_summary(summary: Summary, # of a complete run
                   path # file to write
                  ) -> None:
     "Keep a summary in one file, written in one step."
     note = dict(summary.note, settings=summary.settings, n_models={n: s.n_models for n, s in summary.statistics.items()})
     arrays = {f'{n}.{part}': getattr(s, part) for n, s in summary.statistics.items() for part in PARTS}
+    bets = {n: s.betting for n, s in summary.statistics.items() if s.betting}
+    arrays |= {f'{n}.betting': np.stack(sides) for n, (_, *sides) in bets.items()}
+    note['betting'] = {n: level for n, (level, *_) in bets.items()}
     held = claim(Path(path))
     if held: held.commit(pack(run_id(summary.settings), 'summary', arrays, note))
 
@@ -739,7 +746,8 @@ def read_summary(path # a file of `write_summary`
     except Exception as e: raise ShardError(f'{path} is not a summary ({type(e).__name__})') from None
     arrays, note = unpack(content, expected, 'summary')
     del note['settings']
-    statistics = {name: VoteStatistics(n, *(arrays[f'{name}.{part}'] for part in PARTS)) for name, n in note.pop('n_models').items()}
+    bets = {name: (level, *arrays[f'{name}.betting']) for name, level in note.pop('betting').items()}
+    statistics = {name: VoteStatistics(n, *(arrays[f'{name}.{part}'] for part in PARTS), bets.get(name)) for name, n in note.pop('n_models').items()}
     return Summary(settings, statistics, note)
 
 # %% ../nbs/30_runs.ipynb #fba249f6

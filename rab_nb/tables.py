@@ -254,7 +254,7 @@ def flat(x): return np.asarray(x).reshape(len(x), -1)
 
 runs.register('knn', knn, knn_environment)
 
-# %% ../nbs/31_tables.ipynb #69f053a1
+# %% ../nbs/31_tables.ipynb #20ac01f0
 @dataclass(frozen=True)
 class Statement:
     "A way to turn a classifier's outputs into certificates."
@@ -263,20 +263,22 @@ class Statement:
     simultaneous: bool = True # valid for the class selected on the same outputs
 
 PAPER = Statement('soft', 'hoeffding', False)
-ENSEMBLE = (PAPER, Statement('soft', 'hoeffding'), Statement('soft', 'empirical_bernstein'), Statement('hard', 'hoeffding'), Statement('hard', 'clopper_pearson'))
+ENSEMBLE = (PAPER, *(Statement('soft', bound) for bound in ('hoeffding', 'empirical_bernstein', 'betting')), Statement('hard', 'hoeffding'), Statement('hard', 'clopper_pearson'))
 QUANTISED, EXACT = Statement('L=200', 'exact'), Statement('exact', 'exact')
 
 def statements(table: TableSpec) -> tuple: # the first one fills the paper's columns, the last one certifies most
     "The statements reported in a table."
     return (QUANTISED, EXACT) if table.model == '1nn' else ENSEMBLE
 
-# %% ../nbs/31_tables.ipynb #168d920a
+# %% ../nbs/31_tables.ipynb #15e5f822
 def supported(statement: Statement, # of an ensemble
-              n_models: int, # N
+              stats: certificate.VoteStatistics, # of its outputs
               alpha: float # probability that a certificate fails
-             ) -> bool: # whether unanimous models would certify anything
+             ) -> bool: # whether it can be made, and unanimous models would certify anything
     "Whether N models are enough for a statement about two classes."
-    return n_models >= bounds.models_needed(statement.bound, certificate.side_level(alpha, 2, statement.simultaneous))
+    level = certificate.side_level(alpha, 2, statement.simultaneous)
+    kept = statement.bound != 'betting' or stats.betting is not None and np.isclose(stats.betting[0], level, rtol=1e-12)
+    return bool(kept) and stats.n_models >= bounds.models_needed(statement.bound, level)
 
 # %% ../nbs/31_tables.ipynb #009e77f4
 @dataclass(frozen=True)
@@ -297,9 +299,10 @@ class Finished:
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
     averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
 
-# %% ../nbs/31_tables.ipynb #485476f1
+# %% ../nbs/31_tables.ipynb #9fa591ff
 def summary_of(settings: dict, # of an ensemble or an undefended model
-               kept: Path | None # folder of committed summaries
+               kept: Path | None, # folder of committed summaries
+               alpha: float = .001 # level of the betting bounds that are kept of a smoothed ensemble
               ) -> runs.Summary | None: # statistics and cost; None: not finished
     "A run's statistics: the committed ones where they fit, else from the store."
     path = kept / f'{runs.experiment_id(settings)[:16]}.safetensors' if kept else None
@@ -308,7 +311,7 @@ def summary_of(settings: dict, # of an ensemble or an undefended model
         if summary.settings['environment']['version'] == runs.DNN_VERSION: return summary
     run = runs.open_run(settings)
     if run.missing(): return None
-    summary = runs.summarize(run)
+    summary = runs.summarize(run, certificate.side_level(alpha, 2) if settings['kind'] == 'dnn' else None)
     if path: path.parent.mkdir(parents=True, exist_ok=True); runs.write_summary(summary, path)
     return summary
 
@@ -320,15 +323,15 @@ def describe(settings: dict # of a smoothed ensemble
     private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
     return f"{settings['module']['name']}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}"
 
-# %% ../nbs/31_tables.ipynb #e320ce7f
+# %% ../nbs/31_tables.ipynb #9bec54b9
 def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None) -> Finished | None:
     "Read an ensemble and its undefended model; None if one of them is not finished."
-    summary, alone = (summary_of(settings[name], kept) for name in ('smoothed', 'undefended'))
+    summary, alone = (summary_of(settings[name], kept, profile['alpha']) for name in ('smoothed', 'undefended'))
     if summary is None or alone is None: return None
     task, noise, note = runs.poisoned_task(settings['smoothed']), noise_from_repr(settings['smoothed']['noise']), summary.note
     both = [summary.statistics[name] for name in ('triggered', 'clean')]
     certify = lambda s, stats: certificate.certify_statistics(stats, noise, profile['alpha'], s.bound, s.votes, s.simultaneous)
-    certificates = {s: tuple(certify(s, stats) for stats in both) for s in ENSEMBLE if supported(s, both[0].n_models, profile['alpha'])}
+    certificates = {s: tuple(certify(s, stats) for stats in both) for s in ENSEMBLE if supported(s, both[0], profile['alpha'])}
     train, dp = settings['smoothed']['train'], settings['smoothed']['dp']
     privacy = (len(task.y_train), train['batch_size'], train['epochs'], dp['noise_multiplier'], both[0].n_models) if dp else ()
     return Finished(row, certificates, task.y_test_triggered, task.y_test,
@@ -354,7 +357,7 @@ def finished_knn(row: Row, settings: dict, profile: dict, kept=None) -> Finished
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, how, 0,
                     sum(note['seconds'] for _, note in found.values()), found['exact'][1]['machine'])
 
-# %% ../nbs/31_tables.ipynb #2324adbd
+# %% ../nbs/31_tables.ipynb #923d231e
 def kept_in(profile: dict, n_estimators: int = 0) -> Path | None:
     "Where summaries of a profile are committed; the bundled data are always computed anew."
     return None if profile['profile'] == 'quick' or n_estimators else ROOT / 'results' / profile['profile'] / 'runs'
@@ -369,7 +372,7 @@ def finish(table: TableSpec, # its axes
     "Compute what is missing of a table's runs, and read them all."
     read, kept = finished_knn if table.model == '1nn' else finished_ensemble, kept_in(profile, n_estimators)
     wanted = {row: runs_of(row, profile, n_estimators) for row in rows_of(table, profile)[:first or None]}
-    if compute: runs.run_all([s for group in wanted.values() for s in group.values() if s['kind'] == 'knn' or not summary_of(s, kept)], n_jobs=n_jobs)
+    if compute: runs.run_all([s for group in wanted.values() for s in group.values() if s['kind'] == 'knn' or not summary_of(s, kept, profile['alpha'])], n_jobs=n_jobs)
     done = [f for row, group in wanted.items() if (f := read(row, group, profile, kept))]
     if not done: raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: compute some first')
     return done
