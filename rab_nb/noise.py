@@ -150,10 +150,10 @@ class LaplaceNoise:
         "The law of patterns + noise."
         return product_law('laplace', patterns, 0., self.scale)
 
-# %% ../nbs/01_noise.ipynb #56c7511f
+# %% ../nbs/01_noise.ipynb #16852fa1
 def noise_from_repr(text: str): # e.g. "GaussianNoise(sigma=1.0)"
     "The noise whose `repr` is `text`; nothing is evaluated."
-    found = re.fullmatch(r'(\w+)\((.*)\)', text.strip())
+    found = re.fullmatch(r'(\w+)\((.*)\)', str(text).strip())
     known = {c.__name__: c for c in (GaussianNoise, UniformNoise, LaplaceNoise)}
     try:
         fields = dict(pair.split('=') for pair in found[2].replace(' ', '').split(','))

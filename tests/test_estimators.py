@@ -1,0 +1,85 @@
+"""Both classifiers against scikit-learn's own checks, and inside its tools.
+
+The checks that they do not pass are listed with the reason: each asks for particular words in an error message, or for inputs that are refused on
+purpose. `test_refusals` shows that what is refused is refused with a ValueError."""
+from functools import partial
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from rab_nb.ensemble import RABClassifier
+from rab_nb.knn import SmoothedKNNClassifier
+from rab_nb.models import mlp
+from rab_nb.noise import GaussianNoise
+
+WORDS = 'refused with a ValueError in our words, which say what to do; the check wants scikit-learn\'s'
+OWN_WORDS = ('check_complex_data', 'check_estimators_empty_data_messages', 'check_estimator_sparse_tag', 'check_estimator_sparse_array', 'check_estimator_sparse_matrix',
+             'check_fit2d_predict1d', 'check_requires_y_none', 'check_n_features_in_after_fitting', 'check_classifiers_regression_target')
+EXCEPTIONS = dict.fromkeys(OWN_WORDS, WORDS) | {
+    'check_dtype_object': 'arrays of objects are refused: a certificate is about numbers that were there before, not about what strings were converted to',
+    'check_supervised_y_2d': 'a column vector of labels is refused, the check wants a warning: a shape that is not what it seems should not pass',
+    'check_estimators_unfitted': 'predict before fit ends in an AttributeError that names `classes_`; predict_proba and certify raise NotFittedError'}
+ONE_CLASS = {'check_fit2d_1sample': WORDS + ': one class is not enough to smooth a vote'}
+
+
+class Sized(RABClassifier):
+    "RABClassifier takes a module for the data at hand; the checks bring data of many widths and numbers of classes, so here the module follows them."
+    def __init__(self, n_estimators=2, random_state=0):
+        super().__init__(None, GaussianNoise(.2), n_estimators=n_estimators, epochs=20, batch_size=16, lr=.02, random_state=random_state, device='cpu', n_jobs=1)
+
+    @property
+    def module(self): return partial(mlp, self.n_features_in_, n_outputs=len(self.classes_) if len(self.classes_) > 2 else 1)
+
+    @module.setter
+    def module(self, value): pass
+
+
+@parametrize_with_checks([SmoothedKNNClassifier(), Sized()], expected_failed_checks=lambda e: EXCEPTIONS | (ONE_CLASS if isinstance(e, Sized) else {}))
+def test_check_estimator(estimator, check): check(estimator)
+
+
+ESTIMATORS = pytest.mark.parametrize('estimator', [SmoothedKNNClassifier(), Sized()], ids=['SmoothedKNNClassifier', 'RABClassifier'])
+def halved(x): return x / 2
+
+
+X, Y = np.random.default_rng(0).random((20, 3)), np.arange(20) % 2
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@ESTIMATORS
+@pytest.mark.parametrize('x, y', [(X + 1j, Y), (csr_array(X), Y), (X.astype(object).astype(str), Y), (X[:0], Y[:0]), (X[:, 0], Y), (X, None), (X, Y[:, None]), (X, Y[:9]),
+                                  (np.where(X < .1, np.nan, X), Y), (X, np.where(Y > 0, np.nan, 0.))],
+                         ids=['complex', 'sparse', 'text', 'no rows', 'one row', 'no labels', 'column of labels', 'too few labels', 'NaN', 'NaN label'])
+def test_refusals(estimator, x, y):
+    with pytest.raises(ValueError): estimator.fit(x, y)
+
+
+@pytest.mark.parametrize('estimator', [SmoothedKNNClassifier(), pytest.param(Sized(), marks=pytest.mark.xfail(raises=RuntimeError, reason='torch refuses it first'))])
+def test_no_features(estimator):
+    with pytest.raises(ValueError): estimator.fit(X[:, :0], Y)
+
+
+@ESTIMATORS
+def test_other_width_and_no_fit_are_refused(estimator):
+    with pytest.raises((ValueError, NotFittedError)): type(estimator)().predict_proba(X)
+    with pytest.raises(ValueError, match='3'): estimator.fit(X, Y).predict(X[:, :2])
+
+
+@ESTIMATORS
+def test_pipeline_grid_search_and_folds(estimator):
+    "Iris: five folds, a grid over a parameter of the last step, and the certificates of the refitted pipeline."
+    x, y = load_iris(return_X_y=True)
+    pipeline = make_pipeline(FunctionTransformer(halved), estimator)
+    assert cross_val_score(pipeline, x, np.array(['a', 'b', 'c'])[y], cv=5).mean() > .75
+    name, values = ('sigma', [.3, 5.]) if isinstance(estimator, SmoothedKNNClassifier) else ('n_estimators', [1, 20])
+    search = GridSearchCV(pipeline, {f'{pipeline.steps[-1][0]}__{name}': values}, cv=2).fit(x, y)
+    certificate = search.best_estimator_[-1].certify(search.best_estimator_[:-1].transform(x))
+    assert len(certificate) == 150 and (certificate.prediction[certificate.prediction >= 0] == search.predict(x)[certificate.prediction >= 0]).all()
+    if name == 'sigma': assert search.best_params_['smoothedknnclassifier__sigma'] == .3
