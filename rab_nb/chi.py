@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['debye_polynomials', 'debye_series', 'log_bessel_large', 'log_bessel', 'log_density', 'softplus', 'unsoftplus',
-           'panel_width', 'chebyshev_nodes', 'chebyshev_values', 'cardinal_coefficients', 'interpolation', 'between',
-           'cell_integrals', 'tail_ratios', 'log_tails', 'Lattice', 'lattice']
+           'panel_width', 'chebyshev_nodes', 'chebyshev_values', 'cardinal_coefficients', 'interpolation', 'stencil',
+           'between', 'cell_integrals', 'tail_ratios', 'log_tails', 'Lattice', 'lattice']
 
 # %% ../nbs/19_chi.ipynb #50d61840
 import math
@@ -101,18 +101,21 @@ def interpolation(x, p: int # points in [-1, 1], number of nodes
     "Matrix that takes values at the p Chebyshev nodes to values at x."
     return chebyshev_values(x, p) @ cardinal_coefficients(p).T
 
-# %% ../nbs/19_chi.ipynb #3103121b
-def between(x, size: int, order: int = 12 # positions in units of the step, number of nodes, points of the polynomial
-           ) -> np.ndarray: # (len(x), size)
-    "Matrix of local polynomial interpolation on a uniform grid (barycentric form)."
+# %% ../nbs/19_chi.ipynb #46587428
+def stencil(x, size: int, order: int = 12 # positions in units of the step, any shape; number of nodes, points of the polynomial
+           ) -> tuple: # nodes and their weights, each (..., order)
+    "Local polynomial interpolation on a uniform grid (barycentric form)."
     order = min(order, size)
-    start = np.clip(np.floor(x).astype(int) - order//2 + 1, 0, size - order)
-    k = np.arange(order)
-    gap = (x - start)[:, None] - k
+    nodes = np.clip(np.floor(x).astype(int) - order//2 + 1, 0, size - order)[..., None] + np.arange(order)
+    gap = x[..., None] - nodes
     gap = np.where(np.abs(gap) < 1e-12, 1e-12, gap)
-    w = (-1.)**k * [math.comb(order - 1, j) for j in k] / gap
+    w = (-1.)**np.arange(order) * [math.comb(order - 1, j) for j in range(order)] / gap
+    return nodes, w / w.sum(-1, keepdims=True)
+
+def between(x, size: int) -> np.ndarray: # (len(x), size)
+    "The same as a matrix."
     out = np.zeros((len(x), size))
-    np.put_along_axis(out, start[:, None] + k, w / w.sum(1, keepdims=True), 1)
+    np.put_along_axis(out, *stencil(x, size), 1)
     return out
 
 # %% ../nbs/19_chi.ipynb #9bef287f
@@ -146,10 +149,12 @@ def log_tails(v, s, d) -> tuple: # uniform lattice (J,), (S,) distances -> log g
     with np.errstate(over='ignore', invalid='ignore', divide='ignore'):
         return log_g, np.where(low, log_f, np.log1p(-np.exp(log_s))), np.where(low, np.log1p(-np.exp(log_f)), log_s)
 
-# %% ../nbs/19_chi.ipynb #c4425b8a
+# %% ../nbs/19_chi.ipynb #9a94eb3d
 @dataclass(frozen=True, eq=False)
 class Lattice:
     "Tables of the non-central chi law on trapezoidal nodes in u and Chebyshev panels in s."
+    origin: float # v of the first node
+    step: float # in v
     u: np.ndarray # (J,) distances after noise
     weight: np.ndarray # (J,) weights of the trapezoidal rule
     start: float # lowest s
@@ -157,6 +162,11 @@ class Lattice:
     log_s: np.ndarray # (panels, 16, J)
     log_h: np.ndarray # (panels, 16, J)
     log_odds: np.ndarray # (panels, 16, J)
+
+    @property
+    def end(self): return self.start + self.panel*len(self.log_s)
+    def radius(self, position): return softplus(self.origin + self.step*position)
+    def position(self, radius): return (unsoftplus(radius) - self.origin) / self.step
 
 @lru_cache(maxsize=16)
 def lattice(d: int, # number of features
@@ -171,4 +181,4 @@ def lattice(d: int, # number of features
     log_g, log_f, log_s = log_tails(v, s, d)
     keep = slice(extra, len(v) - extra)
     fold = lambda a: np.ascontiguousarray(a[extra - 5:5 - extra].T.reshape(-1, 16, high - low + 1))
-    return Lattice(softplus(v[keep]), step / (1 + np.exp(-v[keep])), s_low*panel, panel, fold(log_s), fold(log_g - log_s), fold(log_f - log_s))
+    return Lattice(v[extra], step, softplus(v[keep]), step / (1 + np.exp(-v[keep])), s_low*panel, panel, fold(log_s), fold(log_g - log_s), fold(log_f - log_s))

@@ -7,10 +7,11 @@ __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'ROOT'
            'KNN_VERSION', 'PAPER', 'ENSEMBLE', 'QUANTISED', 'EXACT', 'NONE', 'KEYS', 'STATED', 'PAPER_N', 'paper',
            'TableSpec', 'spec', 'profile_path', 'check_profile', 'check_source', 'load_profile', 'part_of', 'Row',
            'rows_of', 'attacked', 'training', 'ensemble_runs', 'knn_runs', 'runs_of', 'settings_for', 'NoNoise',
-           'undefended_spec', 'undefended_environment', 'undefended', 'knn_environment', 'knn', 'flat', 'Statement',
-           'statements', 'supported', 'Finished', 'summary_of', 'describe', 'finished_ensemble', 'stored_certificate',
-           'finished_knn', 'kept_in', 'finish', 'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy',
-           'with_means', 'of_statement', 'printed', 'beside_paper', 'projected', 'projected_scores']
+           'undefended_spec', 'undefended_environment', 'undefended', 'knn_environment', 'measured', 'vote', 'knn',
+           'Statement', 'statements', 'supported', 'Finished', 'summary_of', 'describe', 'finished_ensemble',
+           'stored_certificate', 'finished_knn', 'kept_in', 'finish', 'finish_neighbours', 'certificate_scores',
+           'scores_of', 'tidy', 'with_means', 'of_statement', 'printed', 'beside_paper', 'projected',
+           'projected_scores']
 
 # %% ../nbs/31_tables.ipynb #6472d0bc
 from dataclasses import asdict, dataclass, replace
@@ -228,29 +229,43 @@ def undefended(settings: dict, # of kind 'undefended', with 'environment'
 
 runs.register('undefended', undefended, undefended_environment)
 
-# %% ../nbs/31_tables.ipynb #95b7dd61
+# %% ../nbs/31_tables.ipynb #267aa097
 CERTIFIED = ('prediction', 'p_a', 'p_b', 'log_q_a', 'log_p_b')
-KNN_VERSION = 1
+KNN_VERSION = 2
+
+@lru_cache(maxsize=64)
+def _knn_environment(data: str, attack: str) -> dict:
+    return dict(version=KNN_VERSION, data=runs._poisoned(data, attack).sha256)
 
 def knn_environment(settings: dict, device: str) -> dict:
     "What an exact certificate depends on besides its settings: the version of the code, and the data."
-    return dict(version=KNN_VERSION, data=runs.poisoned_task(settings).sha256)
+    return _knn_environment(runs.canonical(settings['data']), runs.canonical(settings['attack']))
 
+# %% ../nbs/31_tables.ipynb #b70bc3c1
+@lru_cache(maxsize=2)
+def measured(data: str, attack: str) -> tuple: # poisoned task; set -> distances (n_points, n_train)
+    "What all noise levels and both classifiers of a pair share."
+    from rab_nb.knn import SmoothedKNNClassifier
+    task = runs._poisoned(data, attack)
+    model = SmoothedKNNClassifier(n_jobs=1).fit(task.x_train, task.y_train)
+    return task, {name: model.distances(x) for name, x in (('triggered', task.x_test_triggered), ('clean', task.x_test))}
+
+def vote(distances, y, k: int): # (n_points, n_train), (n_train,) -> (n_points,)
+    "The ordinary vote among k neighbours, of two classes."
+    return y[distances.argmin(1)] if k == 1 else (2*y[np.argpartition(distances, k - 1, 1)[:, :k]].sum(1) > k).astype(np.int64)
+
+# %% ../nbs/31_tables.ipynb #303ba59c
 def knn(settings: dict, # of kind 'knn', with 'environment'
         shard: int # 0
        ) -> dict: # '<set>.<field>' of the certificates, '<set>.undefended' predictions
     "Certify both test sets with a smoothed nearest neighbour fitted to the poisoned data."
-    from sklearn.neighbors import KNeighborsClassifier
     from rab_nb.knn import SmoothedKNNClassifier
-    task, k = runs.poisoned_task(settings), settings['n_neighbors']
+    (task, distances), k = measured(runs.canonical(settings['data']), runs.canonical(settings['attack'])), settings['n_neighbors']
     smoothed = SmoothedKNNClassifier(k, settings['sigma'], settings['n_levels'], n_jobs=1).fit(task.x_train, task.y_train)
-    plain = KNeighborsClassifier(k, algorithm='brute').fit(flat(task.x_train), task.y_train)
     sets = dict(triggered=task.x_test_triggered, clean=task.x_test)
-    certs = {name: smoothed.certify(x) for name, x in sets.items()}
+    certs = {name: smoothed.certify(x, distances[name]) for name, x in sets.items()}
     certified = {f'{name}.{field}': np.asarray(getattr(cert, field)) for name, cert in certs.items() for field in CERTIFIED}
-    return certified | {f'{name}.undefended': plain.predict(flat(x)) for name, x in sets.items()}
-
-def flat(x): return np.asarray(x).reshape(len(x), -1)
+    return certified | {f'{name}.undefended': vote(distances[name], task.y_train, k) for name in sets}
 
 runs.register('knn', knn, knn_environment)
 

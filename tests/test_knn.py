@@ -1,6 +1,8 @@
 "Smoothed nearest neighbours against independent oracles, far tails, bad input and properties."
 import math
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import mpmath as mp
@@ -11,8 +13,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import ncx2
 from sklearn.base import clone
 
-from rab_nb.chi import log_bessel
-from rab_nb.knn import SmoothedKNNClassifier, quantised_point, window
+from rab_nb import data, knn
+from rab_nb.chi import lattice, log_bessel
+from rab_nb.knn import SmoothedKNNClassifier, every_bucket, window
 
 torch.set_num_threads(1)
 
@@ -128,7 +131,7 @@ def test_quantised_is_exact_in_the_tail():
     d, s, y = 4, np.array([.3, .4, 9., 9.5]), np.array([0, 0, 1, 1])
     grid = window(.01, 14., .3, 9.5, d, 1/16)
     cuts = np.array([1., 1.5, 2., 3., 4.])
-    log_q, _ = quantised_point(torch.from_numpy(s), torch.from_numpy(y), 2, d, grid, 6, cuts)
+    log_q = every_bucket(torch.from_numpy(s), torch.from_numpy(y), torch.eye(2, dtype=torch.float64)[y], d, grid, lattice(d, *grid).position(cuts))
     with mp.workdps(40):
         def cdf(t, a):
             if t == mp.inf: return mp.mpf(1)
@@ -143,6 +146,94 @@ def test_quantised_is_exact_in_the_tail():
                     if j != i: term *= 1 - F[j][l if j < i else l - 1]
                 total += term
     assert abs(log_q[1] - float(mp.log(total))) < 1e-8
+
+
+def tail_against_brute_force(s, y, n_levels, few=8):
+    "A tail where a few rows are certain to be in before the other class arrives: exact and quantised, no warning, no NaN."
+    x = place(s, 56)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        return [SmoothedKNNClassifier(n_levels=n).fit(x, y).log_proba(np.zeros((1, 56)))[0][0] for n in (None, n_levels)]
+
+
+def test_rows_certain_to_be_inside():
+    s = np.array([3.35, 3.39, 10., 12.2, 14.6, 15.8, 15.9, 16.1, 16.6, 19.2, 19.6, 20., 44.9])
+    exact, coarse = tail_against_brute_force(s, s > 19, 200)
+    assert np.isfinite(exact).all() and np.isfinite(coarse).all() and abs(coarse[0]) < 1e-9
+    assert -70 < exact[1] < -66 and abs(coarse[1] - exact[1]) < 2  # a class this far behind may win ties
+
+
+@pytest.mark.parametrize('n_levels', [2, 20, 31, 60, 200, 1000])
+@pytest.mark.parametrize('spread', [.3, 3.])
+def test_few_buckets_stand_for_all(n_levels, spread):
+    rng, d = np.random.default_rng(0), 30
+    s, y = 4 + spread*rng.random((3, 3000)), rng.integers(0, 3, 3000)
+    s, y = torch.from_numpy(s), torch.from_numpy(y)
+    grid = window(1.5, 18., float(s.min()), float(s.max()), d, 1/16)
+    wanted, hazard = knn.edge_hazard(np.arange(1, n_levels), n_levels), knn.cumulative_hazard(s, d, grid)
+    log_p, error, _ = knn.quantised_group(s, y, 3, d, grid, n_levels)
+    ones = torch.eye(3, dtype=torch.float64)[y]
+    slow = [np.exp(every_bucket(s[k], y, ones, d, grid, knn.places(hazard[k:k+1], wanted)[0])) for k in range(3)]
+    np.testing.assert_allclose(np.exp(log_p), slow, atol=1e-10)
+    assert (np.abs(np.exp(log_p) - slow) <= error*slow + 1e-12).all()
+
+
+@pytest.mark.parametrize('sigma', [.03, .1])
+@pytest.mark.parametrize('n_levels', [None, 200])
+def test_small_noise_on_digits(sigma, n_levels):
+    from sklearn.datasets import load_digits
+    x, y = load_digits(n_class=2, return_X_y=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cert = SmoothedKNNClassifier(sigma=sigma, n_levels=n_levels).fit(x[20:]/16, y[20:]).certify(x[:20]/16)
+    assert (cert.prediction == y[:20]).all() and np.isfinite(cert.radius).all() and (cert.radius > 0).all()
+
+
+def rows_that_matter(squares, d):
+    "The nearest rows, and a bound on the probability that any other wins: the sum of P(U_i < min), with the minimum over all rows."
+    order = np.argsort(squares)
+    t = np.linspace(ncx2.ppf(1e-6, d, squares.min()), ncx2.ppf(1 - 1e-9, d, squares.min()), 100)
+    survival = np.exp(sum(ncx2.logsf(t, d, s) for s in squares[order[:300]]))
+    beaten = np.array([-np.diff(survival, prepend=1) @ ncx2.cdf(t, d, s) for s in squares[order]]) + survival[-1]
+    tail = beaten[::-1].cumsum()[::-1]
+    keep = np.argmax(tail < 1e-5) if (tail < 1e-5).any() else len(tail)
+    return order[:keep], tail[keep] if keep < len(tail) else 0.
+
+
+def share_of_class_1(squares, y, d, draws, rng, size=20_000):
+    "Draws of the smoothed training set that class 1 wins: ||x - x_i - z_i||^2 is (s_i + a normal)^2 + chi^2 with d - 1 degrees of freedom."
+    won, s = 0, np.sqrt(squares).astype('f4')
+    for _ in range(draws // size):
+        u = rng.standard_gamma((d - 1)/2, (size, len(s)), dtype=np.float32)
+        u *= 2
+        u += (s + rng.standard_normal((size, len(s)), dtype=np.float32))**2
+        won += y[u.argmin(1)].sum()
+    return won / draws
+
+
+def undecided(x, y, tests, sigma, wanted=20):
+    "The first points for which neither class is sure to win, and their probabilities."
+    log_p, error = SmoothedKNNClassifier(sigma=sigma).fit(x, y).log_proba(tests)
+    np.testing.assert_allclose(np.exp(log_p).sum(1), 1, atol=1e-9)
+    chosen = np.flatnonzero(log_p.max(1) < np.log(.99))[:wanted]
+    return tests[chosen], np.exp(log_p[chosen])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,sigma', [('digits', .3), pytest.param('spambase', .15, marks=pytest.mark.skipif('RAB_DATA' not in os.environ, reason='RAB_DATA is not set'))])
+def test_a_million_draws(name, sigma):
+    task = data.load(name, (3, 8)) if name == 'digits' else data.load(name)
+    x, tests = (a.reshape(len(a), -1).astype(float) for a in (task.x_train, task.x_test))
+    (tests, p), d, draws = undecided(x, task.y_train, tests, sigma), x.shape[1], 1_000_000
+    assert len(tests) == 20
+
+    def check(k):
+        squares = ((x - tests[k])**2).sum(1) / sigma**2
+        rows, rest = rows_that_matter(squares, d)
+        found = share_of_class_1(squares[rows], task.y_train[rows], d, draws, np.random.default_rng(k))
+        return (abs(found - p[k, 1]) - rest) / math.sqrt(p[k, 1]*p[k, 0]/draws)
+    with ThreadPoolExecutor(2) as pool: deviations = list(pool.map(check, range(20)))
+    assert max(deviations) < 4
 
 
 # properties over the inputs people have
@@ -244,7 +335,6 @@ def test_scikit_learn_interface():
 
 @pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=3), dict(n_levels=20)])
 def test_pieces_blocks_and_devices_agree(monkeypatch, parameters):
-    import rab_nb.knn as knn
     rng = np.random.default_rng(0)
     x, y, t = rng.normal(size=(200, 7)).astype('f4'), rng.integers(0, 3, 200), rng.normal(size=(9, 7))
     whole = SmoothedKNNClassifier(**parameters).fit(x, y).predict_proba(t)
