@@ -84,7 +84,7 @@ docs: $(READY) ## the documentation site -> _site/index.html
 	$(PY) -W ignore docs/build.py
 
 test-site: docs ## the site in Chromium: two widths, light and dark (screenshots in build/screenshots)
-	pytest -q -m slow tests/test_site.py
+	pytest -q -rs -m slow tests/test_site.py
 
 outputs-check: $(READY) ## run every notebook again: fails where an output is not the saved one
 	OMP_NUM_THREADS=1 $(PY) -W ignore docs/notebooks.py --check
