@@ -334,7 +334,7 @@ def _to_frame(certificate):
     points, evidence = _columns(certificate)
     return pd.DataFrame(points).assign(**evidence)
 
-# %% ../nbs/03_certificate.ipynb #ec88a3c1
+# %% ../nbs/03_certificate.ipynb #9b4a24b1
 def _to_csv(certificate, path):
     "One row per point."
     points, evidence = _columns(certificate)
@@ -345,18 +345,64 @@ def _to_csv(certificate, path):
         out.writerow([*points, *evidence])
         out.writerows([*map(repr, row), *evidence.values()] for row in rows)
 
+# %% ../nbs/03_certificate.ipynb #b7eb3a9a
+def _arguments(text):
+    "d and n_poisoned from JSON."
+    read = json.loads(text)
+    if set(read) <= {'d', 'n_poisoned'} and all(type(v) in (int, float) and 1 <= v < 2**63 for v in read.values()): return read
+
+_PROBABILITY = float, lambda p: 0 <= p <= 1, 'a number in [0, 1]'
+_LOG = float, lambda v: v < 1e-9, 'the logarithm of a probability, a number <= 0'
+_FLAG = {'True': True, 'False': False}.get, lambda v: True, 'True or False'
+_FIELDS = dict(
+    prediction=(int, lambda c: -1 <= c < 2**63, 'a whole number >= -1'), radius=(float, lambda r: not r < 0, 'a number >= 0'),
+    p_a=_PROBABILITY, p_b=_PROBABILITY, log_q_a=_LOG, log_p_b=_LOG, alpha=_PROBABILITY, n_models=(int, lambda n: n >= 0, 'a whole number >= 0'),
+    bound=(str, lambda b: b in (*bounds.BOUNDS, 'exact'), f"one of {[*bounds.BOUNDS, 'exact']}"),
+    votes=(str, lambda v: v in ('soft', 'hard', 'exact'), "'soft', 'hard' or 'exact'"),
+    noise=(noise_from_repr, lambda n: True, 'the repr of a noise such as GaussianNoise(sigma=1.0)'),
+    simultaneous=_FLAG, familywise=_FLAG,
+    radius_arguments=(_arguments, lambda a: True, 'a JSON object of d and n_poisoned, numbers >= 1'))
+
+def _field(where, column, text):
+    "Value of one field, or ValueError with its place and what it may be."
+    parse, fits, allowed = _FIELDS[column]
+    try: value = parse(text)
+    except (ValueError, TypeError, OverflowError, RecursionError): value = None
+    if value is None or not fits(value): raise ValueError(f'{where}, column {column}: got {text[:80]!r}, must be {allowed}')
+    return value
+
+# %% ../nbs/03_certificate.ipynb #be3a5024
+def _check_rows(path, lines, c):
+    "ValueError for a radius that the rest of its row cannot support."
+    unknown = c.noise.norm == 'linf' and not {'d', 'n_poisoned'} <= set(c.radius_arguments)
+    refused = [(np.isnan(c.radius) & (not unknown), 'a number >= 0 (nan is for uniform noise without d and n_poisoned)'),
+               ((c.radius != 0) & (c.prediction < 0), '0 where the prediction is -1'),
+               ((c.radius != 0) & (c.p_a <= c.p_b), '0 where p_a <= p_b'), (np.isinf(c.radius) & (c.p_a < 1), 'finite where p_a < 1')]
+    for rows, allowed in refused:
+        for i in np.flatnonzero(rows)[:1]: raise ValueError(f'{path}, line {lines[i]}, column radius: got {c.radius[i]}, must be {allowed}')
+
+# %% ../nbs/03_certificate.ipynb #06426a7b
+def _read_rows(path):
+    "Names of the columns, line numbers, and the rows as dicts."
+    try:
+        with Path(path).open(newline='', encoding='utf-8') as file:
+            reader = csv.reader(file)
+            numbered = [(reader.line_num, row) for row in reader if row]
+    except (csv.Error, UnicodeDecodeError) as error: raise ValueError(f'{path} is not a CSV file in UTF-8: {error}') from error
+    names = numbered[0][1] if numbered else []
+    for line, row in numbered:
+        if len(row) != len(names): raise ValueError(f'{path}, line {line}: {len(row)} fields, the first line names {len(names)} columns')
+    return names, [line for line, _ in numbered[1:]], [dict(zip(names, row)) for _, row in numbered[1:]]
+
 def _from_csv(path):
     "A certificate equal to the one written."
-    with Path(path).open(newline='', encoding='utf-8') as file: rows = list(csv.DictReader(file))
-    names = [f.name for f in fields(Evidence)]
-    missing = {*names, *_COLUMNS[:4]} - set(rows[0] if rows else ())
+    names, lines, rows = _read_rows(path)
+    evidence = [f.name for f in fields(Evidence)]
+    missing = {*evidence, *_COLUMNS[:4]} - set(names if rows else ())
     if missing: raise ValueError(f'{path} is not a certificate: columns {sorted(missing)} are missing')
-    if len({tuple(row[k] for k in names) for row in rows}) > 1: raise ValueError(f'{path} mixes certificates of different evidence: split it by {names} first')
-    points = {k: np.array([float(row[k]) for row in rows]) for k in _COLUMNS[1:] if k in rows[0]}
-    points['prediction'] = np.array([int(row['prediction']) for row in rows], dtype=np.int64)
-    return Certificate(**points, **_read_evidence(rows[0]))
-
-def _read_evidence(row):
-    "The constants of a row, typed."
-    parse = dict(alpha=float, n_models=int, noise=noise_from_repr, radius_arguments=json.loads, simultaneous='True'.__eq__, familywise='True'.__eq__)
-    return {f.name: parse.get(f.name, str)(row[f.name]) for f in fields(Evidence)}
+    if len({tuple(row[k] for k in evidence) for row in rows}) > 1: raise ValueError(f'{path} mixes certificates of different evidence: split it by {evidence} first')
+    read = lambda k, line, row: _field(f'{path}, line {line}', k, row[k])
+    points = {k: np.array([read(k, *at) for at in zip(lines, rows)]) for k in _COLUMNS if k in names}
+    certificate = Certificate(**points, **{k: read(k, lines[0], rows[0]) for k in evidence})
+    _check_rows(path, lines, certificate)
+    return certificate

@@ -1,4 +1,5 @@
 "Bounds and certificates: coverage by enumeration and simulation, properties, files."
+import csv
 import time
 from dataclasses import replace
 
@@ -196,7 +197,7 @@ def test_a_zero_radius_and_a_tie():
 
 # Files ------------------------------------------------------------------------------------------
 
-number, unit = st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 1)
+size, log, unit = st.floats(0, 1e300), st.floats(max_value=0), st.floats(0, 1)
 noises = st.one_of(st.floats(1e-300, 1e300).map(GaussianNoise), st.floats(1e-3, 1e3).map(LaplaceNoise),
                    st.tuples(st.floats(-10, 0), st.floats(.1, 10)).map(lambda ends: UniformNoise(*ends)))
 
@@ -205,11 +206,14 @@ noises = st.one_of(st.floats(1e-300, 1e300).map(GaussianNoise), st.floats(1e-3, 
 def certificates(draw):
     n = draw(st.integers(1, 6))
     column = lambda elements: np.array(draw(st.lists(elements, min_size=n, max_size=n)))
-    return Certificate(prediction=column(st.integers(-1, 2**62)).astype(np.int64), radius=column(number), p_a=column(unit), p_b=column(unit),
-                       log_q_a=column(number) if draw(st.booleans()) else None, log_p_b=column(number) if draw(st.booleans()) else None,
+    prediction, p_a, p_b, noise = column(st.integers(-1, 2**62)).astype(np.int64), column(unit), column(unit), draw(noises)
+    arguments = draw(st.dictionaries(st.sampled_from(['d', 'n_poisoned']), st.integers(1, 10**6)))
+    unknown = noise.norm == 'linf' and len(arguments) < 2
+    radius = np.where((prediction >= 0) & (p_a > p_b), column(st.just(np.nan) if unknown else size), 0)
+    return Certificate(prediction=prediction, radius=radius, p_a=p_a, p_b=p_b, noise=noise, radius_arguments=arguments,
+                       log_q_a=column(log) if draw(st.booleans()) else None, log_p_b=column(log) if draw(st.booleans()) else None,
                        alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])), votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
-                       noise=draw(noises), n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()),
-                       radius_arguments=draw(st.dictionaries(st.sampled_from(['d', 'n_poisoned']), st.integers(1, 10**6))))
+                       n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()))
 
 
 @settings(max_examples=150, deadline=None)
@@ -236,6 +240,36 @@ def test_csv_that_is_no_certificate(tmp_path):
     with pytest.raises(ValueError, match='mixes'): Certificate.from_csv(path)
     path.write_text(text.replace('GaussianNoise(sigma=1.0)', '__import__("os")'))
     with pytest.raises(ValueError, match='repr of a noise'): Certificate.from_csv(path)
+
+
+@pytest.mark.parametrize('column, text, words', [
+    *((c, t, 'a number in \\[0, 1\\]') for c in ('p_a', 'p_b', 'alpha') for t in ('1.01', '-0.1', 'nan', '', 'x')),
+    *(('radius', t, 'a number >= 0') for t in ('-1', '-inf', 'nan', '', '1,5')), ('radius', 'inf', 'finite where p_a < 1'),
+    *(('prediction', t, 'a whole number >= -1') for t in ('-2', '0.5', 'nan', '9' * 30, '')), ('prediction', '-1', '0 where the prediction is -1'),
+    ('p_a', '0.01', '0 where p_a <= p_b'), ('n_models', '-1', 'whole number'), ('bound', 'wald', 'hoeffding'), ('votes', 'loud', 'soft'),
+    ('familywise', 'yes', 'True or False'), ('radius_arguments', '[1]', 'JSON object'), ('radius_arguments', '[' * 100_000, 'JSON object')])
+def test_csv_with_a_wrong_field(tmp_path, column, text, words):
+    "The error names line, column, value and what is allowed."
+    path = tmp_path/'c.csv'
+    certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.)).to_csv(path)
+    rows = list(csv.DictReader(path.open(newline='')))
+    of_all = column not in ('prediction', 'radius', 'p_a', 'p_b')
+    for row in rows if of_all else rows[2:]: row[column] = text
+    with path.open('w', newline='') as file:
+        out = csv.DictWriter(file, list(rows[0]))
+        out.writeheader(), out.writerows(rows)
+    with pytest.raises(ValueError, match=f'line {2 if of_all else 4}, column .*{words}') as error: Certificate.from_csv(path)
+    assert column in str(error.value) or 'radius' in str(error.value)
+
+
+def test_csv_with_a_lost_field_or_bytes(tmp_path):
+    path = tmp_path/'c.csv'
+    certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.)).to_csv(path)
+    content = path.read_bytes()
+    for change, words in ((content[:-40], 'line 4: '), (content + b'0,1\n', 'line 5: 2 fields, the first line names 12'), (content + b'\xff\n', 'UTF-8'),
+                          (content + b'9' * 200_000, 'field larger')):
+        path.write_bytes(change)
+        with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
 
 
 # Scores -----------------------------------------------------------------------------------------
