@@ -157,14 +157,14 @@ def train_spec(settings: dict, # of kind 'dnn'
     make = lambda: _named(MODULES, settings['module'])
     return ensemble.TrainSpec(make, noise_from_repr(settings['noise']), dp=private, device=device, **settings['train'])
 
-# %% ../nbs/30_runs.ipynb #c415f888
-@lru_cache(maxsize=1)
+# %% ../nbs/30_runs.ipynb #32b51e4a
+@lru_cache(maxsize=2)
 def _task(text: str) -> data.Task:
     arguments = json.loads(text)
     root = os.environ.get('RAB_IMAGENET') if arguments.get('size') else None
     return data.load(**arguments, root=root)
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _poisoned(data_text: str, attack_text: str) -> attacks.PoisonedTask:
     how = json.loads(attack_text)
     apart = {k: how.pop(k) for k in ('rate', 'target', 'seed', 'source') if k in how}

@@ -6,12 +6,12 @@
 __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'ROOT', 'PROFILES', 'REQUIRED', 'CERTIFIED',
            'KNN_VERSION', 'PAPER', 'ENSEMBLE', 'QUANTISED', 'EXACT', 'NONE', 'KEYS', 'STATED', 'PAPER_N', 'paper',
            'TableSpec', 'spec', 'profile_path', 'check_profile', 'check_source', 'load_profile', 'part_of', 'Row',
-           'rows_of', 'attacked', 'training', 'ensemble_runs', 'knn_runs', 'runs_of', 'settings_for', 'NoNoise',
-           'undefended_spec', 'undefended_environment', 'undefended', 'knn_environment', 'measured', 'vote', 'knn',
-           'Statement', 'statements', 'supported', 'Finished', 'summary_of', 'describe', 'finished_ensemble',
-           'stored_certificate', 'finished_knn', 'kept_in', 'finish', 'finish_neighbours', 'certificate_scores',
-           'scores_of', 'tidy', 'with_means', 'of_statement', 'printed', 'beside_paper', 'projected',
-           'projected_scores']
+           'rows_of', 'attacked', 'training', 'ensemble_runs', 'knn_runs', 'runs_of', 'different', 'settings_for',
+           'NoNoise', 'undefended_spec', 'undefended_environment', 'undefended', 'knn_environment', 'vote', 'label',
+           'knn_certificates', 'knn', 'Statement', 'statements', 'supported', 'Finished', 'summary_of', 'describe',
+           'finished_ensemble', 'stored_certificate', 'finished_knn', 'kept_in', 'finish', 'finish_neighbours',
+           'certificate_scores', 'scores_of', 'tidy', 'with_means', 'of_statement', 'printed', 'beside_paper',
+           'projected', 'projected_scores']
 
 # %% ../nbs/31_tables.ipynb #6472d0bc
 from dataclasses import asdict, dataclass, replace
@@ -180,27 +180,29 @@ def ensemble_runs(row: Row, profile: dict, # as above
     alone = dict(how, kind='undefended', n_models=1, shard_size=1, dp=None, train=dict(how['train'], stack=1))
     return {'smoothed': smoothed, 'undefended': alone}
 
-# %% ../nbs/31_tables.ipynb #d5e428a5
+# %% ../nbs/31_tables.ipynb #72b806db
 def knn_runs(row: Row, profile: dict, # as above
              n_neighbors: int = 1 # K
-            ) -> dict: # 'quantised' (for K = 1) and 'exact'
-    "The runs behind a row of Tables 7-9."
-    given = dict(kind='knn', n_models=1, shard_size=1, sigma=row.sigma, n_neighbors=n_neighbors, **attacked(row, profile))
-    levels = {'quantised': profile['knn']['n_levels']} if n_neighbors == 1 else {}
-    return {name: dict(given, n_levels=n) for name, n in (levels | {'exact': None}).items()}
+            ) -> dict: # 'nearest'
+    "The run behind a row of Tables 7-9, shared by the rows that differ in sigma alone."
+    levels = [profile['knn']['n_levels'], None] if n_neighbors == 1 else [None]
+    return {'nearest': dict(kind='knn', n_models=1, shard_size=1, sigmas=list(spec(row.table).sigmas), n_levels=levels, n_neighbors=n_neighbors, **attacked(row, profile))}
 
-# %% ../nbs/31_tables.ipynb #25dab5aa
+# %% ../nbs/31_tables.ipynb #25c3917c
 def runs_of(row: Row, profile: dict, n_estimators: int = 0) -> dict:
     "The runs behind a row, by name."
     return knn_runs(row, profile) if spec(row.table).model == '1nn' else ensemble_runs(row, profile, n_estimators)
+
+def different(settings) -> list: # without repetitions, in their order
+    "Runs that several rows share are listed once."
+    return list({runs.canonical(s): s for s in settings}.values())
 
 def settings_for(table: int, # 1-9
                  profile # name or path of a profile
                 ) -> list: # settings of runs, without repetitions
     "Every run that a table needs, for `rab-nb run` and for schedulers."
     loaded = load_profile(profile)
-    found = [s for row in rows_of(spec(table), loaded) for s in runs_of(row, loaded).values()]
-    return list({runs.canonical(s): s for s in found}.values())
+    return different(s for row in rows_of(spec(table), loaded) for s in runs_of(row, loaded).values())
 
 # %% ../nbs/31_tables.ipynb #7600cfc7
 @dataclass(frozen=True)
@@ -229,9 +231,9 @@ def undefended(settings: dict, # of kind 'undefended', with 'environment'
 
 runs.register('undefended', undefended, undefended_environment)
 
-# %% ../nbs/31_tables.ipynb #267aa097
+# %% ../nbs/31_tables.ipynb #a325e1e8
 CERTIFIED = ('prediction', 'p_a', 'p_b', 'log_q_a', 'log_p_b')
-KNN_VERSION = 2
+KNN_VERSION = 3
 
 @lru_cache(maxsize=64)
 def _knn_environment(data: str, attack: str) -> dict:
@@ -241,31 +243,41 @@ def knn_environment(settings: dict, device: str) -> dict:
     "What an exact certificate depends on besides its settings: the version of the code, and the data."
     return _knn_environment(runs.canonical(settings['data']), runs.canonical(settings['attack']))
 
-# %% ../nbs/31_tables.ipynb #b70bc3c1
-@lru_cache(maxsize=2)
-def measured(data: str, attack: str) -> tuple: # poisoned task; set -> distances (n_points, n_train)
-    "What all noise levels and both classifiers of a pair share."
-    from rab_nb.knn import SmoothedKNNClassifier
-    task = runs._poisoned(data, attack)
-    model = SmoothedKNNClassifier(n_jobs=1).fit(task.x_train, task.y_train)
-    return task, {name: model.distances(x) for name, x in (('triggered', task.x_test_triggered), ('clean', task.x_test))}
-
+# %% ../nbs/31_tables.ipynb #5aa161ac
 def vote(distances, y, k: int): # (n_points, n_train), (n_train,) -> (n_points,)
     "The ordinary vote among k neighbours, of two classes."
     return y[distances.argmin(1)] if k == 1 else (2*y[np.argpartition(distances, k - 1, 1)[:, :k]].sum(1) > k).astype(np.int64)
 
-# %% ../nbs/31_tables.ipynb #303ba59c
+# %% ../nbs/31_tables.ipynb #dcbfa963
+def label(sigma: float, n_levels: int | None) -> str:
+    "Name of a smoothed nearest neighbour in a shard, such as '0.5 exact'."
+    return f'{sigma:g} {n_levels or "exact"}'
+
+def knn_certificates(settings: dict, task, x, distances, levels) -> dict: # '<label>.<field>' -> array
+    "Certificates at points x of every classifier of a run."
+    from rab_nb.knn import SmoothedKNNClassifier
+    out = {}
+    for sigma in settings['sigmas']:
+        for n_levels in levels:
+            smoothed = SmoothedKNNClassifier(settings['n_neighbors'], sigma, n_levels, n_jobs=1).fit(task.x_train, task.y_train)
+            cert = smoothed.certify(x, distances)
+            out |= {f'{label(sigma, n_levels)}.{field}': np.asarray(getattr(cert, field)) for field in CERTIFIED}
+    return out
+
+# %% ../nbs/31_tables.ipynb #f6ec4ad6
 def knn(settings: dict, # of kind 'knn', with 'environment'
         shard: int # 0
-       ) -> dict: # '<set>.<field>' of the certificates, '<set>.undefended' predictions
-    "Certify both test sets with a smoothed nearest neighbour fitted to the poisoned data."
+       ) -> dict: # '<set>.<label>.<field>' of the certificates, '<set>.undefended' predictions
+    "Certify with smoothed nearest neighbours fitted to the poisoned data."
     from rab_nb.knn import SmoothedKNNClassifier
-    (task, distances), k = measured(runs.canonical(settings['data']), runs.canonical(settings['attack'])), settings['n_neighbors']
-    smoothed = SmoothedKNNClassifier(k, settings['sigma'], settings['n_levels'], n_jobs=1).fit(task.x_train, task.y_train)
-    sets = dict(triggered=task.x_test_triggered, clean=task.x_test)
-    certs = {name: smoothed.certify(x, distances[name]) for name, x in sets.items()}
-    certified = {f'{name}.{field}': np.asarray(getattr(cert, field)) for name, cert in certs.items() for field in CERTIFIED}
-    return certified | {f'{name}.undefended': vote(distances[name], task.y_train, k) for name in sets}
+    task, k, out = runs.poisoned_task(settings), settings['n_neighbors'], {}
+    plain = SmoothedKNNClassifier(k, n_jobs=1).fit(task.x_train, task.y_train)
+    for name, x in dict(triggered=task.x_test_triggered, clean=task.x_test).items():
+        if name == 'clean' and k > 1: continue
+        distances = plain.distances(x)
+        certified = knn_certificates(settings, task, x, distances, settings['n_levels'] if name == 'triggered' else [None])
+        out |= {f'{name}.{key}': value for key, value in certified.items()} | {f'{name}.undefended': vote(distances, task.y_train, k)}
+    return out
 
 runs.register('knn', knn, knn_environment)
 
@@ -295,12 +307,12 @@ def supported(statement: Statement, # of an ensemble
     kept = statement.bound != 'betting' or stats.betting is not None and np.isclose(stats.betting[0], level, rtol=1e-12)
     return bool(kept) and stats.n_models >= bounds.models_needed(statement.bound, level)
 
-# %% ../nbs/31_tables.ipynb #009e77f4
+# %% ../nbs/31_tables.ipynb #c9757ca9
 @dataclass(frozen=True)
 class Finished:
     "A row of a table with everything that its scores need."
     row: Row # which row, pair and seed
-    certificates: dict # Statement -> (Certificate on triggered points, Certificate on the clean test set)
+    certificates: dict # Statement -> (Certificate on triggered points, Certificate on the clean test set or None)
     y: np.ndarray # (n_triggered,), true labels of the triggered points: all of the source class
     y_clean: np.ndarray # (n_test,), labels of the clean test set
     undefended: tuple # predictions of an ordinary classifier on the same two sets
@@ -354,25 +366,25 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, describe(settings['smoothed']),
                     both[0].n_models, note['seconds'], ', '.join(note['machines']), privacy, both[0].mean)
 
-# %% ../nbs/31_tables.ipynb #992eeee1
-def stored_certificate(arrays: dict, part: str, sigma: float) -> certificate.Certificate:
-    "An exact certificate from a shard's arrays."
-    return certificate.exact_certificate(noise=GaussianNoise(sigma), **{field: arrays[f'{part}.{field}'] for field in CERTIFIED})
+# %% ../nbs/31_tables.ipynb #e50e1ef4
+def stored_certificate(arrays: dict, part: str, sigma: float, n_levels) -> certificate.Certificate | None:
+    "An exact certificate from a shard's arrays; None if it is not there."
+    key = f'{part}.{label(sigma, n_levels)}'
+    if f'{key}.prediction' not in arrays: return None
+    return certificate.exact_certificate(noise=GaussianNoise(sigma), **{field: arrays[f'{key}.{field}'] for field in CERTIFIED})
 
 def finished_knn(row: Row, settings: dict, profile: dict, kept=None) -> Finished | None:
-    "Read the certificates of the quantised and the exact nearest neighbour; None if one of them is not finished."
-    stored = {name: runs.open_run(s) for name, s in settings.items()}
-    if any(run.missing() for run in stored.values()): return None
-    found = {name: run.read(0) for name, run in stored.items()}
-    task, arrays = runs.poisoned_task(settings['exact']), found['exact'][0]
-    label = {'quantised': QUANTISED, 'exact': EXACT}
-    certificates = {label[name]: tuple(stored_certificate(found[name][0], part, row.sigma) for part in ('triggered', 'clean')) for name in found}
-    how = f"K = {settings['exact']['n_neighbors']}, quantised to {profile['knn']['n_levels']} levels and exact"
-    return Finished(row, certificates, task.y_test_triggered, task.y_test, (arrays['triggered.undefended'], arrays['clean.undefended']),
+    "Read the certificates of the quantised and the exact nearest neighbour; None if they are not finished."
+    run, levels = runs.open_run(settings['nearest']), settings['nearest']['n_levels']
+    if run.missing(): return None
+    (arrays, note), task = run.read(0), runs.poisoned_task(settings['nearest'])
+    certificates = {QUANTISED if n else EXACT: tuple(stored_certificate(arrays, part, row.sigma, n) for part in ('triggered', 'clean')) for n in levels}
+    how = f"K = {settings['nearest']['n_neighbors']}, quantised to {profile['knn']['n_levels']} levels and exact (clean accuracy: exact)"
+    return Finished(row, certificates, task.y_test_triggered, task.y_test, tuple(arrays.get(f'{part}.undefended') for part in ('triggered', 'clean')),
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, how, 0,
-                    sum(note['seconds'] for _, note in found.values()), found['exact'][1]['machine'])
+                    note['seconds'] / len(settings['nearest']['sigmas']), note['machine'])
 
-# %% ../nbs/31_tables.ipynb #923d231e
+# %% ../nbs/31_tables.ipynb #e68de886
 def kept_in(profile: dict, n_estimators: int = 0) -> Path | None:
     "Where summaries of a profile are committed; the bundled data are always computed anew."
     return None if profile['profile'] == 'quick' or n_estimators else ROOT / 'results' / profile['profile'] / 'runs'
@@ -387,19 +399,19 @@ def finish(table: TableSpec, # its axes
     "Compute what is missing of a table's runs, and read them all."
     read, kept = finished_knn if table.model == '1nn' else finished_ensemble, kept_in(profile, n_estimators)
     wanted = {row: runs_of(row, profile, n_estimators) for row in rows_of(table, profile)[:first or None]}
-    if compute: runs.run_all([s for group in wanted.values() for s in group.values() if s['kind'] == 'knn' or not summary_of(s, kept, profile['alpha'])], n_jobs=n_jobs)
+    if compute: runs.run_all([s for s in different(s for group in wanted.values() for s in group.values()) if s['kind'] == 'knn' or not summary_of(s, kept, profile['alpha'])], n_jobs=n_jobs)
     done = [f for row, group in wanted.items() if (f := read(row, group, profile, kept))]
     if not done: raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: compute some first')
     return done
 
-# %% ../nbs/31_tables.ipynb #8d2e74ef
+# %% ../nbs/31_tables.ipynb #cc1178ab
 def finish_neighbours(table: TableSpec, profile: dict, # as in `finish`
                       n_neighbors: int, # K
                       first: int = 0 # only the first so many rows; 0: all
                      ) -> list: # of Finished, exact only for K > 1
     "The rows of the first attack setting for a vote among K neighbours."
     rows = [row for row in rows_of(table, profile)[:first or None] if (row.attack, row.norm) == (ATTACKS[0], STRENGTHS[0][0])]
-    runs.run_all([s for row in rows for s in knn_runs(row, profile, n_neighbors).values()])
+    runs.run_all(different(knn_runs(row, profile, n_neighbors)['nearest'] for row in rows))
     return [finished_knn(row, knn_runs(row, profile, n_neighbors), profile) for row in rows]
 
 # %% ../nbs/31_tables.ipynb #f619b149
@@ -418,7 +430,7 @@ def certificate_scores(cert: certificate.Certificate, # on the triggered points 
             *(('certified_accuracy', r, at('certified_accuracy', r, y)) for r in radii),
             *(('certified_rate', r, at('certified_rate', r)) for r in radii)]
 
-# %% ../nbs/31_tables.ipynb #73aabb54
+# %% ../nbs/31_tables.ipynb #c3455e8a
 def scores_of(f: Finished, # one row
               table: TableSpec # its axes
              ): # yields (Statement, metric, radius, value)
@@ -426,7 +438,7 @@ def scores_of(f: Finished, # one row
     first, (on_triggered, on_clean) = statements(table)[0], f.undefended
     for statement, (triggered, clean) in f.certificates.items():
         for score in certificate_scores(triggered, f.y, table.radii, f.total_norms[1]): yield statement, *score
-        yield statement, 'clean_accuracy', NONE, metrics.clean_accuracy(clean, f.y_clean)
+        if clean is not None: yield statement, 'clean_accuracy', NONE, metrics.clean_accuracy(clean, f.y_clean)
     yield first, 'undefended_attack_success_rate', NONE, metrics.attack_success_rate(on_triggered, TARGET)
     yield first, 'undefended_clean_accuracy', NONE, metrics.clean_accuracy(on_clean, f.y_clean)
     yield first, 'constant_classifier_accuracy', NONE, metrics.constant_accuracy(f.y, SOURCE)
