@@ -10,7 +10,7 @@ __all__ = ['SMALL', 'WHOLE', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 'initia
            'map_groups', 'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter', 'finished',
            'check_outputs', 'fingerprint', 'RABClassifier']
 
-# %% ../nbs/20_ensemble.ipynb #9c8998a4
+# %% ../nbs/20_ensemble.ipynb #3a011da5
 import copy
 import hashlib
 import json
@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.adam import adam
@@ -386,29 +387,35 @@ def _select(spec, parts, groups, indices):
     digests = [h for p in parts for h in p['hashes']]
     return dict(probabilities=join('probabilities'), hashes=[digests[i] for i in at], models=join('models'))
 
-# %% ../nbs/20_ensemble.ipynb #8342b2b5
+# %% ../nbs/20_ensemble.ipynb #ab3fd22a
 def check_inputs(X, # (n, ...) numeric
                  shape=None # of one input, where it is known
                 ) -> np.ndarray: # float32
     "Numeric, finite inputs of the expected shape, or ValueError."
+    if hasattr(X, 'toarray'): raise ValueError('X is sparse, networks train on dense arrays: pass X.toarray()')
     X = np.asarray(X)
-    if X.ndim < 2 or len(X) == 0: raise ValueError(f'X must be a non-empty array of shape (n, ...), got shape {X.shape}')
-    if X.dtype.kind not in 'biuf': raise ValueError(f'X must be numeric, got dtype {X.dtype}')
+    if X.ndim < 2 or len(X) == 0:
+        raise ValueError(f'X must be a non-empty array of shape (n, ...), got shape {X.shape}. Reshape your data: a single input is X.reshape(1, -1)')
+    if 0 in X.shape: raise ValueError(f'X has 0 feature(s) (shape={X.shape}) while a minimum of 1 is required.')
+    if X.dtype.kind not in 'biuf': raise ValueError(f'X must be numeric, got dtype {X.dtype}. Complex data not supported; text and objects have to become numbers first')
     X = X.astype(np.float32, copy=False)
     if not np.isfinite(X).all(): raise ValueError(f'X holds {int((~np.isfinite(X)).sum())} values that are NaN or infinite; remove or replace them')
-    if shape is not None and X.shape[1:] != tuple(shape): raise ValueError(f'X has inputs of shape {X.shape[1:]}, the models were trained on {tuple(shape)}')
+    if shape is not None and X.shape[1:] != tuple(shape):
+        raise ValueError(f'X has {math.prod(X.shape[1:])} features, but RABClassifier is expecting {math.prod(shape)} features as input: '
+                         f'its models were trained on inputs of shape {tuple(shape)}, X has inputs of shape {X.shape[1:]}')
     return X
 
-# %% ../nbs/20_ensemble.ipynb #8aacaa06
+# %% ../nbs/20_ensemble.ipynb #38f89f20
 def check_labels(y, # (n,) labels of any sortable type
                  n: int # number of inputs
                 ) -> tuple: # classes, (n,) numbers 0..C-1
     "Sorted classes and each label's number, or ValueError."
     y = np.asarray(y)
-    if y.ndim != 1 or len(y) != n: raise ValueError(f'y must have one label for each of the {n} inputs, got shape {y.shape}')
+    if y.ndim != 1 or len(y) != n: raise ValueError(f'y should be a 1d array with one label for each of the {n} inputs, got shape {y.shape}')
     if y.dtype.kind == 'f' and not np.isfinite(y).all(): raise ValueError('y holds NaN or infinite labels')
+    if y.dtype.kind in 'fc': check_classification_targets(y)
     classes, numbers = np.unique(y, return_inverse=True)
-    if len(classes) < 2: raise ValueError(f'y must hold at least two classes, got only {classes.tolist()}')
+    if len(classes) < 2: raise ValueError(f'y must hold at least two classes, got one class only: {classes.tolist()}')
     return classes, numbers
 
 # %% ../nbs/20_ensemble.ipynb #3b71af20
@@ -506,7 +513,7 @@ class _Settings(BaseEstimator):
         self.device, self.n_jobs, self.precision, self.stack, self.max_memory = device, n_jobs, precision, stack, max_memory
         self.test_noise, self.keep_models, self.warm_start, self.verbose = test_noise, keep_models, warm_start, verbose
 
-# %% ../nbs/20_ensemble.ipynb #506e006c
+# %% ../nbs/20_ensemble.ipynb #dc73923e
 class Voter(ClassifierMixin):
     "Votes and certificates from `model_probabilities`, `classes_` and `noise`."
     def predict_proba(self, X) -> np.ndarray: # (n, C)
@@ -515,7 +522,8 @@ class Voter(ClassifierMixin):
 
     def predict(self, X) -> np.ndarray: # (n,) labels
         "Class with the largest average."
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
         "Certificates at X, see `certificate.certify`; predictions are positions in `classes_`, -1 abstains."

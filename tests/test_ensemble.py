@@ -407,7 +407,7 @@ def test_bad_data():
                           (X[:50].astype(str), Y[:50], 'numeric'), (X[:0], Y[:0], 'non-empty'), (X[:50], np.full(50, np.nan), 'NaN')]:
         with pytest.raises(ValueError, match=message): classifier().fit(x, y)
     clf = classifier().fit(X[:50], Y[:50])
-    with pytest.raises(ValueError, match=r'trained on \(1, 8, 8\)'): clf.predict(X[:5, :, :7])
+    with pytest.raises(ValueError, match=r'trained on inputs of shape \(1, 8, 8\)'): clf.predict(X[:5, :, :7])
     with pytest.raises(ValueError, match='diverged'): classifier(lr=1e30).fit(X[:50], Y[:50])
 
 

@@ -22,11 +22,11 @@ from rab_nb.noise import GaussianNoise
 WORDS = 'refused with a ValueError in our words, which say what to do; the check wants scikit-learn\'s'
 OWN_WORDS = ('check_complex_data', 'check_estimators_empty_data_messages', 'check_estimator_sparse_tag', 'check_estimator_sparse_array', 'check_estimator_sparse_matrix',
              'check_fit2d_predict1d', 'check_requires_y_none', 'check_n_features_in_after_fitting', 'check_classifiers_regression_target')
-EXCEPTIONS = dict.fromkeys(OWN_WORDS, WORDS) | {
+BOTH = {
     'check_dtype_object': 'arrays of objects are refused: a certificate is about numbers that were there before, not about what strings were converted to',
-    'check_supervised_y_2d': 'a column vector of labels is refused, the check wants a warning: a shape that is not what it seems should not pass',
+    'check_supervised_y_2d': 'a column vector of labels is refused, the check wants a warning: a shape that is not what it seems should not pass'}
+NEIGHBOURS = BOTH | dict.fromkeys(OWN_WORDS, WORDS) | {
     'check_estimators_unfitted': 'predict before fit ends in an AttributeError that names `classes_`; predict_proba and certify raise NotFittedError'}
-ONE_CLASS = {'check_fit2d_1sample': WORDS + ': one class is not enough to smooth a vote'}
 
 
 class Sized(RABClassifier):
@@ -41,7 +41,7 @@ class Sized(RABClassifier):
     def module(self, value): pass
 
 
-@parametrize_with_checks([SmoothedKNNClassifier(), Sized()], expected_failed_checks=lambda e: EXCEPTIONS | (ONE_CLASS if isinstance(e, Sized) else {}))
+@parametrize_with_checks([SmoothedKNNClassifier(), Sized()], expected_failed_checks=lambda e: BOTH if isinstance(e, Sized) else NEIGHBOURS)
 def test_check_estimator(estimator, check): check(estimator)
 
 
@@ -61,7 +61,7 @@ def test_refusals(estimator, x, y):
     with pytest.raises(ValueError): estimator.fit(x, y)
 
 
-@pytest.mark.parametrize('estimator', [SmoothedKNNClassifier(), pytest.param(Sized(), marks=pytest.mark.xfail(raises=RuntimeError, reason='torch refuses it first'))])
+@ESTIMATORS
 def test_no_features(estimator):
     with pytest.raises(ValueError): estimator.fit(X[:, :0], Y)
 
@@ -70,6 +70,25 @@ def test_no_features(estimator):
 def test_other_width_and_no_fit_are_refused(estimator):
     with pytest.raises((ValueError, NotFittedError)): type(estimator)().predict_proba(X)
     with pytest.raises(ValueError, match='3'): estimator.fit(X, Y).predict(X[:, :2])
+
+
+def test_every_question_before_fit():
+    "scikit-learn's NotFittedError, whichever method is asked first."
+    for ask in ('predict', 'predict_proba', 'model_probabilities', 'certify'):
+        with pytest.raises(NotFittedError): getattr(Sized(), ask)(X)
+    with pytest.raises(NotFittedError): Sized().score(X, Y)
+    with pytest.raises(NotFittedError): Sized().save('nowhere.safetensors')
+
+
+@pytest.mark.parametrize('labels', [[0, 1], [False, True], ['a', 'b'], [0., 1.], [-7, 10**12]], ids=str)
+def test_labels_of_every_kind_train_the_same_models(labels):
+    "Strings, whole numbers and booleans are names only; a fractional target is refused."
+    names = np.array(labels)
+    fitted = Sized().fit(X, names[Y])
+    np.testing.assert_array_equal(fitted.classes_, names)
+    np.testing.assert_array_equal(fitted.predict_proba(X), Sized().fit(X, Y).predict_proba(X))
+    assert set(fitted.predict(X)) <= set(labels)
+    with pytest.raises(ValueError, match='continuous'): Sized().fit(X, Y + .5 * (Y == 0))
 
 
 @ESTIMATORS
