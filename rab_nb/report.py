@@ -500,7 +500,7 @@ def clean_copy(executed: Path, # as papermill wrote it
     notebook.metadata.language_info = {'name': 'python'}
     nbformat.write(notebook, out)
 
-# %% ../nbs/32_report.ipynb #61910858
+# %% ../nbs/32_report.ipynb #37b976ea
 def run_notebook(notebook: Path, # an experiment notebook
                  out: Path, # the executed notebook
                  **parameters # values for its `parameters` cell
@@ -511,7 +511,7 @@ def run_notebook(notebook: Path, # an experiment notebook
     part = writable(Path(out).parent) / f'{Path(out).stem}.part.ipynb'
     try:
         papermill.execute_notebook(str(notebook), str(part), parameters, kernel_name='python3', language='python',
-                                   cwd=str(Path(notebook).parent), progress_bar=False)
+                                   cwd=str(Path(notebook).parent), progress_bar=False, extra_arguments=['--log-level=ERROR'])
         clean_copy(part, Path(out))
     finally: part.unlink(missing_ok=True)
     return Path(out)

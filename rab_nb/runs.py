@@ -482,7 +482,7 @@ def here(jobs # of Job or None
         except BaseException: job.claim.release(); raise
         yield job, *result
 
-# %% ../nbs/30_runs.ipynb #370d15fc
+# %% ../nbs/30_runs.ipynb #70c36ff8
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
@@ -499,6 +499,7 @@ def _serve(conn, number: int) -> None:
     "The life of a worker process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())
     with contextlib.suppress(EOFError, OSError):
         while True: conn.send(_attempt(conn.recv_bytes(), number))
 

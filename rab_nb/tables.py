@@ -188,15 +188,17 @@ def knn_runs(row: Row, profile: dict, # as above
     levels = [profile['knn']['n_levels'], None] if n_neighbors == 1 else [None]
     return {'nearest': dict(kind='knn', n_models=1, shard_size=1, sigmas=list(spec(row.table).sigmas), n_levels=levels, n_neighbors=n_neighbors, **attacked(row, profile))}
 
-# %% ../nbs/31_tables.ipynb #25c3917c
+# %% ../nbs/31_tables.ipynb #5998e3c5
 def runs_of(row: Row, profile: dict, n_estimators: int = 0) -> dict:
     "The runs behind a row, by name."
     return knn_runs(row, profile) if spec(row.table).model == '1nn' else ensemble_runs(row, profile, n_estimators)
 
+# %% ../nbs/31_tables.ipynb #4d77f9fa
 def different(settings) -> list: # without repetitions, in their order
     "Runs that several rows share are listed once."
     return list({runs.canonical(s): s for s in settings}.values())
 
+# %% ../nbs/31_tables.ipynb #3ef3f2d8
 def settings_for(table: int, # 1-9
                  profile # name or path of a profile
                 ) -> list: # settings of runs, without repetitions
@@ -248,11 +250,12 @@ def vote(distances, y, k: int): # (n_points, n_train), (n_train,) -> (n_points,)
     "The ordinary vote among k neighbours, of two classes."
     return y[distances.argmin(1)] if k == 1 else (2*y[np.argpartition(distances, k - 1, 1)[:, :k]].sum(1) > k).astype(np.int64)
 
-# %% ../nbs/31_tables.ipynb #dcbfa963
+# %% ../nbs/31_tables.ipynb #a998264d
 def label(sigma: float, n_levels: int | None) -> str:
     "Name of a smoothed nearest neighbour in a shard, such as '0.5 exact'."
     return f'{sigma:g} {n_levels or "exact"}'
 
+# %% ../nbs/31_tables.ipynb #84223481
 def knn_certificates(settings: dict, task, x, distances, levels) -> dict: # '<label>.<field>' -> array
     "Certificates at points x of every classifier of a run."
     from rab_nb.knn import SmoothedKNNClassifier
@@ -366,13 +369,14 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, describe(settings['smoothed']),
                     both[0].n_models, note['seconds'], ', '.join(note['machines']), privacy, both[0].mean)
 
-# %% ../nbs/31_tables.ipynb #e50e1ef4
+# %% ../nbs/31_tables.ipynb #1e70c21f
 def stored_certificate(arrays: dict, part: str, sigma: float, n_levels) -> certificate.Certificate | None:
     "An exact certificate from a shard's arrays; None if it is not there."
     key = f'{part}.{label(sigma, n_levels)}'
     if f'{key}.prediction' not in arrays: return None
     return certificate.exact_certificate(noise=GaussianNoise(sigma), **{field: arrays[f'{key}.{field}'] for field in CERTIFIED})
 
+# %% ../nbs/31_tables.ipynb #b69236ed
 def finished_knn(row: Row, settings: dict, profile: dict, kept=None) -> Finished | None:
     "Read the certificates of the quantised and the exact nearest neighbour; None if they are not finished."
     run, levels = runs.open_run(settings['nearest']), settings['nearest']['n_levels']
@@ -384,11 +388,12 @@ def finished_knn(row: Row, settings: dict, profile: dict, kept=None) -> Finished
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, how, 0,
                     note['seconds'] / len(settings['nearest']['sigmas']), note['machine'])
 
-# %% ../nbs/31_tables.ipynb #e68de886
+# %% ../nbs/31_tables.ipynb #60235d05
 def kept_in(profile: dict, n_estimators: int = 0) -> Path | None:
     "Where summaries of a profile are committed; the bundled data are always computed anew."
     return None if profile['profile'] == 'quick' or n_estimators else ROOT / 'results' / profile['profile'] / 'runs'
 
+# %% ../nbs/31_tables.ipynb #265c1e65
 def finish(table: TableSpec, # its axes
            profile: dict, # see `load_profile`
            n_estimators: int = 0, # models per run, if not as many as the profile says
@@ -471,11 +476,12 @@ def with_means(scores # tidy frame
     whole = (groups.pair.nunique() == n_pairs).to_numpy()
     return pd.concat([scores, mean[whole].reset_index().assign(pair='mean')], ignore_index=True)
 
-# %% ../nbs/31_tables.ipynb #80c1a2b5
+# %% ../nbs/31_tables.ipynb #36da8f60
 def of_statement(scores, statement: Statement):
     "The lines of one statement."
     return scores[(scores.votes == statement.votes) & (scores.bound == statement.bound) & (scores.simultaneous == statement.simultaneous)]
 
+# %% ../nbs/31_tables.ipynb #d2126b49
 def printed(reading: str = 'first' # of Table 9's radii: 'first' four or 'last' four
            ): # DataFrame with KEYS, metric, radius, paper
     "The paper's cells, one line each."
