@@ -21,12 +21,11 @@ from rab_nb.noise import GaussianNoise
 
 WORDS = 'refused with a ValueError in our words, which say what to do; the check wants scikit-learn\'s'
 OWN_WORDS = ('check_complex_data', 'check_estimators_empty_data_messages', 'check_estimator_sparse_tag', 'check_estimator_sparse_array', 'check_estimator_sparse_matrix',
-             'check_fit2d_predict1d', 'check_requires_y_none', 'check_n_features_in_after_fitting', 'check_classifiers_regression_target')
+             'check_fit2d_predict1d', 'check_requires_y_none', 'check_n_features_in_after_fitting')
 BOTH = {
     'check_dtype_object': 'arrays of objects are refused: a certificate is about numbers that were there before, not about what strings were converted to',
     'check_supervised_y_2d': 'a column vector of labels is refused, the check wants a warning: a shape that is not what it seems should not pass'}
-NEIGHBOURS = BOTH | dict.fromkeys(OWN_WORDS, WORDS) | {
-    'check_estimators_unfitted': 'predict before fit ends in an AttributeError that names `classes_`; predict_proba and certify raise NotFittedError'}
+NEIGHBOURS = BOTH | dict.fromkeys(OWN_WORDS, WORDS)
 
 
 class Sized(RABClassifier):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import ncx2
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
 from rab_nb import data, knn
 from rab_nb.chi import lattice, log_bessel
@@ -324,6 +325,26 @@ def test_bad_data(x, y, match):
     with pytest.raises(ValueError, match=match): SmoothedKNNClassifier().fit(x, y)
 
 
+@pytest.mark.parametrize('method', ['predict', 'predict_proba', 'log_proba', 'distances', 'certify'])
+def test_nothing_before_fit(method):
+    model = SmoothedKNNClassifier()
+    with pytest.raises(NotFittedError): getattr(model, method)(np.eye(3))
+    with pytest.raises(ValueError): model.fit([[1e200], [-1e200]], [0, 1])  # a failed fit does not count
+    with pytest.raises(NotFittedError): getattr(model, method)(np.eye(3))
+
+
+@pytest.mark.parametrize('y,classes', [(['b', 'a', 'b'], ['a', 'b']), ([2, 0, 2], [0, 2]), ([True, False, True], [False, True]), ([1., 0., 1.], [0., 1.]), (np.array(['x', 'y', 'z'], object), ['x', 'y', 'z'])])
+def test_labels(y, classes):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = SmoothedKNNClassifier(sigma=.1).fit(np.eye(3), y)
+    assert list(model.classes_) == classes and list(model.predict(np.eye(3))) == list(y)
+
+
+def test_measurements_are_no_labels():
+    with pytest.raises(ValueError, match='continuous'): SmoothedKNNClassifier().fit(np.eye(3), [.1, .25, .3])
+
+
 def test_scikit_learn_interface():
     model = SmoothedKNNClassifier(n_neighbors=3, sigma=.5)
     assert clone(model).get_params() == model.get_params() and model.set_params(sigma=2.).sigma == 2.
@@ -333,13 +354,16 @@ def test_scikit_learn_interface():
     with pytest.raises(ValueError, match='9 features'): model.predict(np.zeros((2, 8)))
 
 
+@pytest.mark.parametrize('dtype', ['f4', 'f8'])
 @pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=3), dict(n_levels=20)])
-def test_pieces_blocks_and_devices_agree(monkeypatch, parameters):
+def test_pieces_blocks_and_devices_agree(monkeypatch, parameters, dtype):
     rng = np.random.default_rng(0)
-    x, y, t = rng.normal(size=(200, 7)).astype('f4'), rng.integers(0, 3, 200), rng.normal(size=(9, 7))
+    x, y, t = rng.normal(1, 1, size=(200, 7)).astype(dtype), rng.integers(0, 3, 200), rng.normal(1, 1, size=(9, 7))
+    before = x.copy()
     whole = SmoothedKNNClassifier(**parameters).fit(x, y).predict_proba(t)
     for name, value in dict(KEEP=0, PIECE=1000, BLOCK=4000, CACHED=300).items(): monkeypatch.setattr(knn, name, value)
     np.testing.assert_allclose(SmoothedKNNClassifier(**parameters, device='cpu', n_jobs=1).fit(x, y).predict_proba(t), whole, atol=1e-10)
+    np.testing.assert_array_equal(x, before)  # the caller's array is not written to
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
