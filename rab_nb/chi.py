@@ -31,7 +31,7 @@ def debye_polynomials(order: int = 14 # highest k
         polynomials.append(new)
     return polynomials
 
-# %% ../nbs/19_chi.ipynb #1f308efd
+# %% ../nbs/19_chi.ipynb #0a1b6c76
 @lru_cache
 def debye_series(nu: float # order of the Bessel function, >= 24
                 ) -> np.ndarray: # coefficients in p of sum_k U_k(p) / nu^k, without the leading 1
@@ -40,6 +40,7 @@ def debye_series(nu: float # order of the Bessel function, >= 24
     for k, u in enumerate(debye_polynomials()[1:], 1): total[:len(u)] += [float(c / Fraction(nu)**k) for c in u]
     return total[:np.flatnonzero(np.abs(total) > 1e-19)[-1] + 1]
 
+# %% ../nbs/19_chi.ipynb #4e1c48f3
 def log_bessel_large(nu, z):
     "log(z^-nu I_nu(z)) - z for nu >= 24 (DLMF 10.41.3)."
     y = z / nu
@@ -68,27 +69,30 @@ def log_density(u, # distance after noise, in units of sigma, > 0
     "Log density of the non-central chi law: of ||s e + z|| for standard normal z in d dimensions."
     return -(u - s)**2/2 + (d - 1)*np.log(u) + log_bessel(d/2 - 1, u*s)
 
-# %% ../nbs/19_chi.ipynb #c991a3fa
+# %% ../nbs/19_chi.ipynb #7f1e5698
 def softplus(v): return np.logaddexp(0, v)
 
 def unsoftplus(u): return u + np.log(-np.expm1(-u))
 
+# %% ../nbs/19_chi.ipynb #95dcdf27
 def panel_width(d: int # number of features
                ) -> float: # in units of s
     "Width of a panel on which 16 Chebyshev nodes hold the log tables: the singularities, at i j_nu / u, are nearer for few features."
     return 2. if d >= 40 else 1. if d >= 12 else .5 if d >= 4 else .25
 
-# %% ../nbs/19_chi.ipynb #f577d7d0
+# %% ../nbs/19_chi.ipynb #2096c422
 def chebyshev_nodes(p: int # number of nodes
                    ) -> np.ndarray: # increasing, in (-1, 1)
     "Zeros of the Chebyshev polynomial T_p."
     return -np.cos(np.pi * (np.arange(p) + .5) / p)
 
+# %% ../nbs/19_chi.ipynb #09e39c5c
 def chebyshev_values(x, p: int # points in [-1, 1], number of polynomials
                     ) -> np.ndarray: # (len(x), p): T_k(x)
     "T_0 ... T_{p-1} at x."
     return np.cos(np.arange(p) * np.arccos(np.clip(x, -1, 1))[:, None])
 
+# %% ../nbs/19_chi.ipynb #e04258f3
 def cardinal_coefficients(p: int # number of nodes
                          ) -> np.ndarray: # (p nodes, p polynomials)
     "Chebyshev coefficients of the polynomials that are 1 at one node and 0 at the others."
@@ -96,12 +100,13 @@ def cardinal_coefficients(p: int # number of nodes
     weight[0] = 1/p
     return chebyshev_values(chebyshev_nodes(p), p) * weight
 
+# %% ../nbs/19_chi.ipynb #4d840546
 def interpolation(x, p: int # points in [-1, 1], number of nodes
                  ) -> np.ndarray: # (len(x), p)
     "Matrix that takes values at the p Chebyshev nodes to values at x."
     return chebyshev_values(x, p) @ cardinal_coefficients(p).T
 
-# %% ../nbs/19_chi.ipynb #46587428
+# %% ../nbs/19_chi.ipynb #03058891
 def stencil(x, size: int, order: int = 12 # positions in units of the step, any shape; number of nodes, points of the polynomial
            ) -> tuple: # nodes and their weights, each (..., order)
     "Local polynomial interpolation on a uniform grid (barycentric form)."
@@ -112,13 +117,14 @@ def stencil(x, size: int, order: int = 12 # positions in units of the step, any 
     w = (-1.)**np.arange(order) * [math.comb(order - 1, j) for j in range(order)] / gap
     return nodes, w / w.sum(-1, keepdims=True)
 
+# %% ../nbs/19_chi.ipynb #f8daf5e6
 def between(x, size: int) -> np.ndarray: # (len(x), size)
     "The same as a matrix."
     out = np.zeros((len(x), size))
     np.put_along_axis(out, *stencil(x, size), 1)
     return out
 
-# %% ../nbs/19_chi.ipynb #9bef287f
+# %% ../nbs/19_chi.ipynb #796c8749
 def cell_integrals(v, log_g) -> np.ndarray: # (J,) uniform, (J, S) -> (J - 11, S)
     "Integral of g du over the cells [v_j, v_{j+1}] with 5 more nodes on both sides, divided by g at the cell's lower end."
     cells, step = len(v) - 11, v[1] - v[0]
@@ -129,6 +135,7 @@ def cell_integrals(v, log_g) -> np.ndarray: # (J,) uniform, (J, S) -> (J - 11, S
         total = total + (weight * step / (1 + np.exp(-(v[5:5 + cells] + t*step))))[:, None] * np.exp(at)
     return total
 
+# %% ../nbs/19_chi.ipynb #e94152f8
 def tail_ratios(cells, growth, u_first, d) -> tuple: # F/g and S/g, each (nodes, len(s))
     "Cumulative integrals of g from below and from above, divided by g."
     below, above = np.empty((2, len(cells) + 1, cells.shape[1]))
