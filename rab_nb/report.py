@@ -380,7 +380,7 @@ def page_markdown(page: dict # of `page_of`
                         f'![Certified accuracy against total radius, a panel per attack]({name}.png)',
                         f'[executed notebook]({name}.ipynb), [tidy numbers]({name}.csv), [LaTeX]({name}.tex), [cost]({name}.json)', ''])
 
-# %% ../nbs/32_report.ipynb #f6a2ce4d
+# %% ../nbs/32_report.ipynb #26a7de26
 def write_table(finished: list, # of Finished, at least one
                 table: TableSpec, # its axes
                 profile: dict, # see `load_profile`
@@ -389,11 +389,13 @@ def write_table(finished: list, # of Finished, at least one
     "Write tableN.csv, .json, .md, .tex and .png."
     import io
     import matplotlib.pyplot as plt
-    scores, png, name = beside_paper(with_means(tidy(finished, table)), table), io.BytesIO(), f'table{table.number}'
+    import pandas as pd
+    text = beside_paper(with_means(tidy(finished, table)), table).to_csv(index=False, float_format='%.6g', lineterminator='\n')
+    scores, png, name = pd.read_csv(io.StringIO(text)), io.BytesIO(), f'table{table.number}'
     page, fig = page_of(finished, scores, table, profile), figure(finished, table)
     fig.savefig(png, dpi=130); plt.close(fig)
     writable(folder)
-    write(folder / f'{name}.csv', scores.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    write(folder / f'{name}.csv', text)
     write(folder / f'{name}.png', png.getvalue())
     write(folder / f'{name}.json', json.dumps(page, indent=1))
     write(folder / f'{name}.md', page_markdown(page))
