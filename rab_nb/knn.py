@@ -457,21 +457,22 @@ def gauss_rule(x, weight, m: int) -> tuple: # (k,) points and (k,) positive weig
     nodes, vectors = np.linalg.eigh(jacobi[:m, :m])
     return nodes, weight.sum() * vectors[0]**2, vectors * vectors[0]
 
-# %% ../nbs/22_knn.ipynb #10f2876a
-FIRST, GAUSS = 3, 12 # buckets summed as they are, and nodes of the rule for all others
+# %% ../nbs/22_knn.ipynb #a04ec9ab
+FIRST, GAUSS = 3, (12, 24) # buckets summed as they are, and nodes of the rule for all others: first attempt, second attempt
 
 @lru_cache
-def bucket_rule(n_levels: int) -> tuple: # (FIRST + GAUSS,) bucket numbers, their weights, (GAUSS, GAUSS)
+def bucket_rule(n_levels: int, m: int = GAUSS[0]) -> tuple: # (FIRST + m,) bucket numbers, their weights, (m, m)
     "Nodes l and weights for sums of mass * smooth function over the buckets, and the transform to coefficients."
     l, mass = np.arange(1, n_levels), -np.diff(np.exp(-edge_hazard(np.arange(n_levels), n_levels)))
     alive = (l > FIRST) & (mass > 1e-14)
-    t, weight, transform = gauss_rule(np.log(edge_hazard(l[alive] - 1, n_levels)), mass[alive], GAUSS)
+    t, weight, transform = gauss_rule(np.log(edge_hazard(l[alive] - 1, n_levels)), mass[alive], m)
     return np.append(l[:FIRST], 1 + n_levels / (1 + np.exp(-t))), np.append(mass[:FIRST], weight), transform
 
-# %% ../nbs/22_knn.ipynb #62a26029
-def by_rule(s, ones, hazard, d: int, grid: tuple, n_levels: int) -> tuple: # (b, n), (n, C), (b, J) -> (b, C) probabilities and error estimates
+# %% ../nbs/22_knn.ipynb #0a87a639
+def by_rule(s, ones, hazard, d: int, grid: tuple, n_levels: int, m: int = GAUSS[0]) -> tuple: # (b, n), (n, C), (b, J) -> (b, C) probabilities and error estimates
     "The quantised 1-NN at b points from a few buckets."
-    (node, weight, transform), before = bucket_rule(n_levels), edge_hazard(bucket_rule(n_levels)[0] - 1, n_levels)
+    node, weight, transform = bucket_rule(n_levels, m)
+    before = edge_hazard(node - 1, n_levels)
     low, high = np.full((len(s), len(node)), -1.), places(hazard, edge_hazard(node, n_levels))
     low[:, 1:] = places(hazard, before[1:])
     won, total = map(np.stack, zip(*(bucket_sums(s[k], ones, d, grid, low[k], high[k]) for k in range(len(s)))))
@@ -479,11 +480,14 @@ def by_rule(s, ones, hazard, d: int, grid: tuple, n_levels: int) -> tuple: # (b,
     last = np.abs(share[..., FIRST:] @ transform.T)[..., -2:].max(-1)
     return share @ weight, n_levels*last**2 + doubt[:, None] + 1e-10
 
-# %% ../nbs/22_knn.ipynb #5a59c379
+# %% ../nbs/22_knn.ipynb #7a1807d3
 def quantised_group(s, y, n_classes: int, d: int, grid: tuple, n_levels: int) -> tuple: # (b, n), (n,) -> (b, C) log probabilities and relative errors, (b,) last edge
     "The quantised 1-NN at points that share a lattice."
     ones, hazard, wanted = torch.eye(n_classes, dtype=s.dtype, device=s.device)[y], cumulative_hazard(s, d, grid), edge_hazard(np.arange(1, n_levels), n_levels)
-    p, error = by_rule(s, ones, hazard, d, grid, n_levels) if n_levels > 5*(FIRST + GAUSS) else np.ones((2, len(s), n_classes))
+    (p, error), left = np.ones((2, len(s), n_classes)), np.arange(len(s))
+    for m in GAUSS:
+        if n_levels > 5*(FIRST + m) and len(left): p[left], error[left] = by_rule(s[left], ones, hazard[left], d, grid, n_levels, m)
+        left = np.flatnonzero((error > 1e-9).any(1))
     log_p, error = np.log(np.maximum(p, 1e-300)), error / np.maximum(p, 1e-300)
     for k in np.flatnonzero((error > 1e-6).any(1) | (error * p > 1e-9).any(1)):
         log_p[k], error[k] = every_bucket(s[k], y, ones, d, grid, places(hazard[k:k+1], wanted)[0]), 1e-9
