@@ -682,17 +682,18 @@ def workers(n_jobs):
         with threadpool_limits(1), ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield n, pool
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/22_knn.ipynb #4d279615
+# %% ../nbs/22_knn.ipynb #e1685cad
 BLOCK = 2**28 # bytes of all blocks of distances in work at a time
 
-def in_blocks(model, X, work): # test points as the caller has them; (rows, checked test points) -> result
-    "The results of all blocks of test points, in order."
+def in_blocks(model, X, work, order=None): # test points as the caller has them; (rows, checked test points) -> result; (n,) positions
+    "The results of all blocks of test points, taken in the given order, else in their own."
     check_is_fitted(model)
     x = check_features('X', X)
     if x.shape[1] != model.n_features_in_: raise ValueError(f'X must have {model.n_features_in_} features as in fit, got {x.shape[1]}')
     with workers(model.n_jobs) as (n, pool):
         size = max(1, min(128, BLOCK // (8*n*len(model._y)), -(-len(x)//n)))
-        blocks = [slice(k, k + size) for k in range(0, len(x), size)]
+        order = np.arange(len(x)) if order is None else order
+        blocks = [order[k:k + size] for k in range(0, len(x), size)]
         results = pool.map(lambda rows: work(rows, x[rows]), blocks)
         return list(tqdm(results, total=len(blocks), unit='block', disable=not model.verbose))
 
@@ -703,14 +704,15 @@ def all_distances(model, X) -> np.ndarray: # (n_points, n_train)
     found = in_blocks(model, X, lambda rows, x: noiseless_distances(model._x, model._shift, model.sigma, model._norms, t(x)).mul_(model.sigma).cpu().numpy())
     return np.concatenate(found)
 
-# %% ../nbs/22_knn.ipynb #481e561a
+# %% ../nbs/22_knn.ipynb #81fe11a2
 def all_laws(model, X, distances): # test points; their distances, or None
     "Log probabilities and relative errors of all test points."
     check_is_fitted(model)
     if distances is not None and np.shape(distances) != (len(X), len(model._y)):
         raise ValueError(f'distances must have shape {len(X), len(model._y)}, one row for each test point, got {np.shape(distances)}')
-    parts = in_blocks(model, X, lambda rows, x: block_law(model, x, None if distances is None else distances[rows]))
-    return tuple(map(np.concatenate, zip(*parts)))
+    order = np.arange(len(X)) if distances is None else np.min(distances, 1).argsort(kind='stable')
+    parts = in_blocks(model, X, lambda rows, x: block_law(model, x, None if distances is None else distances[rows]), order)
+    return tuple(np.concatenate(part)[order.argsort()] for part in zip(*parts))
 
 # %% ../nbs/22_knn.ipynb #3dc85279
 def normalised(log_p) -> np.ndarray: # (n, C)

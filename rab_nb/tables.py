@@ -409,13 +409,13 @@ def finish(table: TableSpec, # its axes
     if not done: raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: compute some first')
     return done
 
-# %% ../nbs/31_tables.ipynb #cc1178ab
+# %% ../nbs/31_tables.ipynb #10c89e3a
 def finish_neighbours(table: TableSpec, profile: dict, # as in `finish`
                       n_neighbors: int, # K
                       first: int = 0 # only the first so many rows; 0: all
                      ) -> list: # of Finished, exact only for K > 1
-    "The rows of the first attack setting for a vote among K neighbours."
-    rows = [row for row in rows_of(table, profile)[:first or None] if (row.attack, row.norm) == (ATTACKS[0], STRENGTHS[0][0])]
+    "The rows of the first attack setting for a vote among K neighbours, without the first row's further seeds."
+    rows = [row for row in rows_of(table, profile | dict(first_row_seeds=[]))[:first or None] if (row.attack, row.norm) == (ATTACKS[0], STRENGTHS[0][0])]
     runs.run_all(different(knn_runs(row, profile, n_neighbors)['nearest'] for row in rows))
     return [finished_knn(row, knn_runs(row, profile, n_neighbors), profile) for row in rows]
 
