@@ -493,7 +493,7 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
-# %% ../nbs/30_runs.ipynb #b06f3684
+# %% ../nbs/30_runs.ipynb #4b43515d
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
@@ -502,13 +502,13 @@ def _attempt(job: bytes, number: int) -> tuple:
     "One shard: (result, None) or (None, what went wrong)."
     try:
         kind, settings, shard = ForkingPickler.loads(job)
+        if 'train' in settings: _keep_freed_memory()
         if settings['environment'].get('device') == 'cuda': torch.cuda.set_device(number % torch.cuda.device_count())
         return compute(kind, settings, shard), None
     except Exception: return None, traceback.format_exc()
 
 def _serve(conn, number: int) -> None:
     "The life of a worker process."
-    _keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())

@@ -8,10 +8,10 @@ __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'ROOT'
            'TableSpec', 'spec', 'profile_path', 'check_profile', 'check_source', 'load_profile', 'part_of', 'Row',
            'rows_of', 'attacked', 'training', 'ensemble_runs', 'knn_runs', 'runs_of', 'different', 'settings_for',
            'NoNoise', 'undefended_spec', 'undefended_environment', 'undefended', 'knn_environment', 'vote', 'label',
-           'knn_certificates', 'knn', 'Statement', 'statements', 'supported', 'Finished', 'summary_of', 'describe',
-           'finished_ensemble', 'stored_certificate', 'finished_knn', 'kept_in', 'finish', 'finish_neighbours',
-           'certificate_scores', 'scores_of', 'tidy', 'with_means', 'of_statement', 'printed', 'beside_paper',
-           'projected', 'projected_scores']
+           'neighbours', 'knn_certificates', 'knn', 'Statement', 'statements', 'supported', 'Finished', 'summary_of',
+           'describe', 'finished_ensemble', 'stored_certificate', 'finished_knn', 'kept_in', 'finish',
+           'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'with_means', 'of_statement', 'printed',
+           'beside_paper', 'projected', 'projected_scores']
 
 # %% ../nbs/31_tables.ipynb #6472d0bc
 from dataclasses import asdict, dataclass, replace
@@ -255,29 +255,27 @@ def label(sigma: float, n_levels: int | None) -> str:
     "Name of a smoothed nearest neighbour in a shard, such as '0.5 exact'."
     return f'{sigma:g} {n_levels or "exact"}'
 
-# %% ../nbs/31_tables.ipynb #84223481
+# %% ../nbs/31_tables.ipynb #e832947b
+def neighbours(task, k: int, sigma: float = 1., n_levels=None):
+    "A smoothed nearest neighbour fitted to the poisoned data."
+    from rab_nb.knn import SmoothedKNNClassifier
+    return SmoothedKNNClassifier(k, sigma, n_levels, n_jobs=1).fit(task.x_train, task.y_train)
+
 def knn_certificates(settings: dict, task, x, distances, levels) -> dict: # '<label>.<field>' -> array
     "Certificates at points x of every classifier of a run."
-    from rab_nb.knn import SmoothedKNNClassifier
-    out = {}
-    for sigma in settings['sigmas']:
-        for n_levels in levels:
-            smoothed = SmoothedKNNClassifier(settings['n_neighbors'], sigma, n_levels, n_jobs=1).fit(task.x_train, task.y_train)
-            cert = smoothed.certify(x, distances)
-            out |= {f'{label(sigma, n_levels)}.{field}': np.asarray(getattr(cert, field)) for field in CERTIFIED}
-    return out
+    certify = lambda sigma, n: neighbours(task, settings['n_neighbors'], sigma, n).certify(x, distances)
+    certs = {label(sigma, n): certify(sigma, n) for sigma in settings['sigmas'] for n in levels}
+    return {f'{key}.{field}': np.asarray(getattr(cert, field)) for key, cert in certs.items() for field in CERTIFIED}
 
-# %% ../nbs/31_tables.ipynb #f6ec4ad6
+# %% ../nbs/31_tables.ipynb #978e605c
 def knn(settings: dict, # of kind 'knn', with 'environment'
         shard: int # 0
        ) -> dict: # '<set>.<label>.<field>' of the certificates, '<set>.undefended' predictions
     "Certify with smoothed nearest neighbours fitted to the poisoned data."
-    from rab_nb.knn import SmoothedKNNClassifier
     task, k, out = runs.poisoned_task(settings), settings['n_neighbors'], {}
-    plain = SmoothedKNNClassifier(k, n_jobs=1).fit(task.x_train, task.y_train)
     for name, x in dict(triggered=task.x_test_triggered, clean=task.x_test).items():
         if name == 'clean' and k > 1: continue
-        distances = plain.distances(x)
+        distances = neighbours(task, k).distances(x)
         certified = knn_certificates(settings, task, x, distances, settings['n_levels'] if name == 'triggered' else [None])
         out |= {f'{name}.{key}': value for key, value in certified.items()} | {f'{name}.undefended': vote(distances, task.y_train, k)}
     return out
