@@ -704,15 +704,16 @@ def all_distances(model, X) -> np.ndarray: # (n_points, n_train)
     found = in_blocks(model, X, lambda rows, x: noiseless_distances(model._x, model._shift, model.sigma, model._norms, t(x)).mul_(model.sigma).cpu().numpy())
     return np.concatenate(found)
 
-# %% ../nbs/22_knn.ipynb #81fe11a2
+# %% ../nbs/22_knn.ipynb #f402740c
 def all_laws(model, X, distances): # test points; their distances, or None
     "Log probabilities and relative errors of all test points."
     check_is_fitted(model)
     if distances is not None and np.shape(distances) != (len(X), len(model._y)):
         raise ValueError(f'distances must have shape {len(X), len(model._y)}, one row for each test point, got {np.shape(distances)}')
-    order = np.arange(len(X)) if distances is None else np.min(distances, 1).argsort(kind='stable')
+    order = None if distances is None else np.min(distances, 1).argsort(kind='stable')
     parts = in_blocks(model, X, lambda rows, x: block_law(model, x, None if distances is None else distances[rows]), order)
-    return tuple(np.concatenate(part)[order.argsort()] for part in zip(*parts))
+    back = slice(None) if order is None else order.argsort()
+    return tuple(np.concatenate(part)[back] for part in zip(*parts))
 
 # %% ../nbs/22_knn.ipynb #3dc85279
 def normalised(log_p) -> np.ndarray: # (n, C)
