@@ -8,11 +8,13 @@ __all__ = ['ATTACK_NAMES', 'HONEST', 'COLOURS', 'MEANING', 'AXES', 'STYLE', 'num
            'honest_lines', 'statement_lines', 'neighbour_lines', 'correct_radii', 'panel', 'paper_circles', 'figure',
            'provenance', 'seeds', 'n_scored', 'caption', 'privacy_line', 'findings', 'comparable', 'difference_lines',
            'explanation', 'dots', 'write', 'writable', 'page_of', 'page_markdown', 'write_table', 'pages',
-           'summary_line', 'summary', 'html_table', 'section', 'report', 'check_parameters', 'clean_copy',
+           'summary_line', 'summary', 'html_table', 'section', 'report', 'check_parameters', 'relinked', 'clean_copy',
            'run_notebook', 'make', 'where', 'parser', 'main']
 
-# %% ../nbs/32_report.ipynb #fc0ee1d8
+# %% ../nbs/32_report.ipynb #8987e533
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -485,9 +487,15 @@ def check_parameters(notebook: Path, # an experiment notebook
     if not known: raise ValueError(f"{Path(notebook).name} has no cell tagged 'parameters': tag one, or papermill would run the defaults")
     if odd := sorted(set(parameters) - set(known)): raise ValueError(f'{Path(notebook).name} has no parameters {odd}; it has {sorted(known)}')
 
-# %% ../nbs/32_report.ipynb #3f4af078
+# %% ../nbs/32_report.ipynb #2466e6b9
+def relinked(text: str, folder: Path, out: Path) -> str:
+    "Markdown written in one folder, with relative links that lead to the same files from another."
+    return re.sub(r'(?<=\]\()(?![a-z]+:|[#/])[^)\s#]+', lambda m: Path(os.path.relpath(folder / m[0], out)).as_posix(), text)
+
+# %% ../nbs/32_report.ipynb #f0720272
 def clean_copy(executed: Path, # as papermill wrote it
-               out: Path # where the clean copy goes
+               out: Path, # where the clean copy goes
+               folder: Path # of the notebook that was executed
               ) -> None:
     "Drop what differs between two executions of the same notebook."
     import nbformat
@@ -497,12 +505,13 @@ def clean_copy(executed: Path, # as papermill wrote it
         tags = cell.metadata.get('tags', [])
         if 'injected-parameters' in tags: cell.id = 'injected'
         if not tags: cell.metadata.pop('tags', None)
+        if cell.cell_type == 'markdown': cell.source = relinked(cell.source, folder.resolve(), out.parent.resolve())
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     clean_nb(notebook, allowed_cell_metadata_keys=['tags'])
     notebook.metadata.language_info = {'name': 'python'}
     nbformat.write(notebook, out)
 
-# %% ../nbs/32_report.ipynb #37b976ea
+# %% ../nbs/32_report.ipynb #b382d9bb
 def run_notebook(notebook: Path, # an experiment notebook
                  out: Path, # the executed notebook
                  **parameters # values for its `parameters` cell
@@ -514,7 +523,7 @@ def run_notebook(notebook: Path, # an experiment notebook
     try:
         papermill.execute_notebook(str(notebook), str(part), parameters, kernel_name='python3', language='python',
                                    cwd=str(Path(notebook).parent), progress_bar=False, extra_arguments=['--log-level=ERROR'])
-        clean_copy(part, Path(out))
+        clean_copy(part, Path(out), Path(notebook).parent)
     finally: part.unlink(missing_ok=True)
     return Path(out)
 
