@@ -258,11 +258,16 @@ class Site:
         return '\n\n```{toctree}\n:caption: Other profiles\n:hidden:\n\n' + '\n'.join(titles) + '\n```\n' if rest else ''
 
     def copy_report(self):
-        "The self-contained report of `make tables`, with the files it links to."
-        for path in [*(ROOT / 'results').glob('index.html'), *(ROOT / 'results').glob('*/table[1-9].*')]:
-            target = self.source / 'extra/report' / path.relative_to(ROOT / 'results')
+        "The self-contained report of `make tables`, with the files it links to; its links to executed notebooks lead to their pages."
+        results, there = ROOT / 'results', self.source / 'extra/report'
+        for path in [path for path in results.glob('*/table[1-9].*') if path.suffix in ('.csv', '.tex')]:
+            target = there / path.relative_to(results)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix in ('.html', '.csv', '.tex', '.ipynb'): shutil.copyfile(path, target)
+            shutil.copyfile(path, target)
+        if (results / 'index.html').exists():
+            there.mkdir(exist_ok=True)
+            text = (results / 'index.html').read_text(encoding='utf-8')
+            (there / 'index.html').write_text(re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', text), encoding='utf-8')
 
     def build(self):
         (self.source / 'extra').mkdir(parents=True)
