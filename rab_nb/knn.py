@@ -504,16 +504,17 @@ def quantised(s, y, near, d: int, n_levels: int # (b, n) distances, (b, C) neare
     bound = np.minimum(math.log(s.shape[1]) - np.maximum(np.sqrt(d - 1 + near**2) - last_edge, 0)**2/2, 0)
     return np.where(far | (log_p < -500), np.logaddexp(log_p, bound), log_p), error
 
-# %% ../nbs/22_knn.ipynb #4897de86
+# %% ../nbs/22_knn.ipynb #182fa6bd
 KEEP = 2**28 # bytes up to which the training set is kept in float64
 PIECE = 2**26 # bytes of the training set converted to float64 at a time
 
 def pieces(x, shift, sigma, dtype=torch.float64): # (n, d) tensor, (d,) its mean, noise; or a kept copy with shift None
-    "The training set in float64, centred and in units of sigma, a piece at a time: (rows, values)."
-    size = max(1, PIECE // (8*x.shape[1]))
+    "The training set in float64, centred and in units of sigma, a piece at a time: (rows, values until the next piece)."
+    size = max(1, min(len(x), PIECE // (8*x.shape[1])))
+    room = None if shift is None else torch.empty(size, x.shape[1], dtype=dtype, device=shift.device)
     for k in range(0, len(x), size):
         rows = slice(k, min(k + size, len(x)))
-        yield rows, x[rows] if shift is None else x[rows].to(shift.device, dtype, copy=True).sub_(shift).div_(sigma)
+        yield rows, x[rows] if shift is None else room[:rows.stop - k].copy_(x[rows]).sub_(shift).div_(sigma)
 
 # %% ../nbs/22_knn.ipynb #64649242
 def noiseless_distances(x, shift, sigma, norms, t): # as in `pieces`; (n,) squared norms; (b, d) test points, centred and scaled
