@@ -21,6 +21,7 @@ from fastcore.foundation import working_directory
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 
+COMMIT = re.compile(r'\bCode [0-9a-f]{7,40}( with changes)?')
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.+?)\s*$', re.M)
 
 
@@ -52,13 +53,13 @@ def run(notebook, path, flags):
 
 
 def texts(cell):
-    "What a cell says, by kind; progress bars and warnings on stderr do not count."
+    "What a cell says, by kind; progress bars and warnings on stderr do not count, nor does the commit that a caption names."
     said = {}
     for output in cell.get('outputs', []):
         if output['output_type'] == 'stream':
             if output.get('name') == 'stdout': said['stdout'] = said.get('stdout', '') + ''.join(output['text'])
         for kind, value in output.get('data', {}).items():
-            if kind.startswith('text/'): said[kind] = said.get(kind, '') + ''.join(value) + '\n'
+            if kind.startswith('text/'): said[kind] = said.get(kind, '') + COMMIT.sub('Code', ''.join(value)) + '\n'
     return said
 
 
