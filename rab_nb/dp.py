@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'PRV_LIMIT', 'PAPER_SETTINGS', 'ghost', 'direct', 'ghost_is_
            'check_layers', 'opacus_gradient', 'DPSGD', 'gaussian_log_delta', 'gaussian_epsilon', 'poisson_epsilon',
            'epsilon', 'privacy_spent', 'privacy_table']
 
-# %% ../nbs/21_dp.ipynb #37551c55
+# %% ../nbs/21_dp.ipynb #d586d37c
 import math
 import warnings
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch.autograd.graph import get_gradient_edge
 
-from .stacked import Stack, StackedBatchNorm, StackedConv2d, StackedGroupNorm, StackedLinear, Windows, stacked_layer
+from .stacked import Stack, StackedBatchNorm, StackedConv2d, StackedGroupNorm, StackedLinear, Windows, group_normalised, stacked_layer
 
 # %% ../nbs/21_dp.ipynb #fcc5f613
 def ghost(rows: torch.Tensor, # A: (M, B, L, i)
@@ -86,12 +86,12 @@ def _as_kernel(w, shape): # (M, o, kh*kw*c) -> (M, o, c, kh, kw)
 def _kept(parameter, each): # each: (M, B, ...) per-sample gradients
     return parameter, each.flatten(2).square().sum(2), partial(_weighted, each)
 
-# %% ../nbs/21_dp.ipynb #677f1dcd
+# %% ../nbs/21_dp.ipynb #235b61de
 def norm_parts(layer, calls: list, m: int # as in `matrix_parts`
               ): # as in `matrix_parts`
     "Per-sample gradient norms and weighted sums for group normalisation."
     spread = lambda t: t.float().flatten(2).sum(2) if t.dim() > 2 else t.float()
-    scale = sum(spread(g.float() * F.group_norm(x.float(), layer.num_groups, eps=layer.eps)) for x, g in calls)
+    scale = sum(spread(g.float() * group_normalised(x.float(), layer.num_groups, layer.eps)) for x, g in calls)
     shift = sum(spread(g) for _, g in calls)
     for parameter, each in (layer.weight, scale), (layer.bias, shift):
         if parameter.requires_grad: yield _kept(parameter, each.unflatten(0, (m, -1)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StackedLinear', 'to_channels', 'to_batch', 'Windows', 'conv_as_product', 'StackedConv2d', 'StackedBatchNorm',
-           'StackedGroupNorm', 'stacked_layer', 'fold', 'Stack', 'own_parts', 'check_independence', 'state',
-           'load_state', 'hashes']
+           'group_normalised', 'StackedGroupNorm', 'stacked_layer', 'fold', 'Stack', 'own_parts', 'check_independence',
+           'state', 'load_state', 'hashes']
 
 # %% ../nbs/13_stacked.ipynb #463d7746
 import copy
@@ -106,7 +106,16 @@ class StackedBatchNorm(_Stacked):
                            flat(self.weight), flat(self.bias), self.training, self.momentum, self.eps)
         return to_batch(out, m)
 
-# %% ../nbs/13_stacked.ipynb #09df514d
+# %% ../nbs/13_stacked.ipynb #125d0b07
+def group_normalised(x: torch.Tensor, # (B, c, ...)
+                     num_groups: int, eps: float # as in nn.GroupNorm
+                    ) -> torch.Tensor: # in the memory layout of x
+    "Group normalisation without scale and shift."
+    out = F.group_norm(x.contiguous(), num_groups, eps=eps)
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return out.contiguous(memory_format=torch.channels_last) if last else out
+
+# %% ../nbs/13_stacked.ipynb #ed90c582
 class StackedGroupNorm(_Stacked):
     "nn.GroupNorm of M models; input (M*B, c, ...)."
     def __init__(self, layer):
@@ -115,7 +124,7 @@ class StackedGroupNorm(_Stacked):
 
     def forward(self, x):
         shape = (len(self.weight), 1, x.shape[1]) + (1,) * (x.dim() - 2)
-        out = F.group_norm(x, self.num_groups, eps=self.eps).unflatten(0, (len(self.weight), -1))
+        out = group_normalised(x, self.num_groups, self.eps).unflatten(0, (len(self.weight), -1))
         return (out * self.weight.view(shape) + self.bias.view(shape)).flatten(0, 1)
 
 # %% ../nbs/13_stacked.ipynb #946c9e1d
