@@ -3,6 +3,7 @@
 Nothing is executed: pages show the outputs that the notebooks were saved with (`make outputs-check` tells whether they are true)."""
 import argparse
 import ast
+import gzip
 import json
 import re
 import shutil
@@ -258,16 +259,19 @@ class Site:
         return '\n\n```{toctree}\n:caption: Other profiles\n:hidden:\n\n' + '\n'.join(titles) + '\n```\n' if rest else ''
 
     def copy_report(self):
-        "The self-contained report of `make tables`, with the files it links to; its links to executed notebooks lead to their pages."
+        "The self-contained report of `make tables`, with the files it links to; its links to executed notebooks lead to their pages, and tidy numbers are compressed."
         results, there = ROOT / 'results', self.source / 'extra/report'
         for path in [path for path in results.glob('*/table[1-9].*') if path.suffix in ('.csv', '.tex')]:
             target = there / path.relative_to(results)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if path.suffix == '.csv': target.with_suffix('.csv.gz').write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+            else: shutil.copyfile(path, target)
         if (results / 'index.html').exists():
             there.mkdir(exist_ok=True)
             text = (results / 'index.html').read_text(encoding='utf-8')
-            (there / 'index.html').write_text(re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', text), encoding='utf-8')
+            text = re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', text)
+            text = re.sub(r'(href="\w+/table\d\.csv)"', r'\1.gz"', text)
+            (there / 'index.html').write_text(text, encoding='utf-8')
 
     def build(self):
         (self.source / 'extra').mkdir(parents=True)
