@@ -327,7 +327,7 @@ class Finished:
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
     averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
 
-# %% ../nbs/31_tables.ipynb #9fa591ff
+# %% ../nbs/31_tables.ipynb #0e6eef21
 def summary_of(settings: dict, # of an ensemble or an undefended model
                kept: Path | None, # folder of committed summaries
                alpha: float = .001 # level of the betting bounds that are kept of a smoothed ensemble
@@ -336,7 +336,7 @@ def summary_of(settings: dict, # of an ensemble or an undefended model
     path = kept / f'{runs.experiment_id(settings)[:16]}.safetensors' if kept else None
     if path and path.exists():
         summary = runs.read_summary(path)
-        if summary.settings['environment']['version'] == runs.DNN_VERSION: return summary
+        if summary.settings['environment']['version'] == runs.dnn_version(settings): return summary
     run = runs.open_run(settings)
     if run.missing(): return None
     summary = runs.summarize(run, certificate.side_level(alpha, 2) if settings['kind'] == 'dnn' else None)
