@@ -343,13 +343,14 @@ def summary_of(settings: dict, # of an ensemble or an undefended model
     if path: path.parent.mkdir(parents=True, exist_ok=True); runs.write_summary(summary, path)
     return summary
 
-# %% ../nbs/31_tables.ipynb #b33e156d
+# %% ../nbs/31_tables.ipynb #dbdceba3
 def describe(settings: dict # of a smoothed ensemble
             ) -> str: # for captions
     "How the networks were trained, in a line."
-    train, dp = settings['train'], settings['dp']
+    train, dp, module = settings['train'], settings['dp'], dict(settings['module'])
     private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
-    return f"{settings['module']['name']}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}"
+    network = module.pop('name') + (f" ({', '.join(f'{k} {v}' for k, v in module.items())})" if module else '')
+    return f"{network}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}"
 
 # %% ../nbs/31_tables.ipynb #9bec54b9
 def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None) -> Finished | None:
