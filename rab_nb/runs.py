@@ -8,9 +8,10 @@ __all__ = ['KINDS', 'TRIGGERS', 'MODULES', 'NEEDED', 'MAX_SHARD_BYTES', 'MAX_SET
            'Kind', 'no_environment', 'register', 'one_of', 'kind_of', 'drill_environment', 'drill', 'train_spec',
            'poisoned_task', 'dnn_version', 'dnn_environment', 'dnn', 'ShardError', 'checksum', 'pack', 'unpack',
            'Claim', 'claim', 'store_root', 'Run', 'state', 'missing', 'open_run', 'read_settings', 'sweep', 'prepare',
-           'compute', 'single_thread', 'Job', 'claimed', 'here', 'Worker', 'collect', 'in_processes', 'on_cluster',
-           'explained', 'n_workers', 'run_all', 'run', 'statistics', 'Summary', 'experiment_id', 'summarize',
-           'write_summary', 'read_summary', 'runs_in', 'n_written', 'remove', 'main']
+           'runs_in', 'compute', 'single_thread', 'Job', 'claimed', 'here', 'Worker', 'collect', 'in_processes',
+           'on_cluster', 'relatives', 'take_over', 'left_over', 'explained', 'n_workers', 'run_all', 'run',
+           'statistics', 'Summary', 'experiment_id', 'summarize', 'write_summary', 'read_summary', 'n_written',
+           'remove', 'main']
 
 # %% ../nbs/30_runs.ipynb #2e23a585
 import argparse
@@ -419,6 +420,18 @@ def prepare(run: Run # about to be computed
     held = None if intact else claim(run.folder / 'settings.json')
     if held: held.commit(canonical(run.settings).encode())
 
+# %% ../nbs/30_runs.ipynb #fba249f6
+def runs_in(store=None # see `store_root`
+           ) -> tuple[list, list]: # runs, messages about folders that hold none
+    "All runs of a store, and what looks like one but is not."
+    found, wrong = [], []
+    root = store_root(store)
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if not re.fullmatch('[0-9a-f]{16}', folder.name): continue
+        try: found.append(Run(read_settings(folder), root))
+        except (OSError, ShardError) as e: wrong.append(f'{folder.name}: {e}')
+    return found, wrong
+
 # %% ../nbs/30_runs.ipynb #ae34b15b
 def compute(kind: Kind, # functions of the run
             settings: dict, # with 'environment'
@@ -632,6 +645,32 @@ def on_cluster(jobs: list, # of Job
         except OSError as e: warnings.warn(f'lost the scheduler at {address} ({e}): waiting for it with {len(left)} shards to go', stacklevel=2)
         finally: client.close(timeout=2)
 
+# %% ../nbs/30_runs.ipynb #0eee6a0a
+def relatives(run: Run, # in a store
+              known: list # of Run
+             ) -> list[Run]: # those whose settings differ in n_models alone
+    "Runs of the same experiment, larger or smaller."
+    apart = lambda r: {k: v for k, v in r.settings.items() if k != 'n_models'}
+    return [other for other in known if other.id != run.id and apart(other) == apart(run)]
+
+def take_over(run: Run, # prepared
+              shard: int, # that it lacks
+              others: list # of its relatives
+             ) -> bool: # whether the shard is finished now
+    "Copy a shard from a run that has computed the same models."
+    same = [r for r in others if shard < r.n_shards and models(r.settings, shard) == models(run.settings, shard) and state(r, shard) == 'finished']
+    if same: Job(run, shard).finish(*same[0].read(shard))
+    return bool(same) and state(run, shard) == 'finished'
+
+def left_over(todo: list # pairs (run, shard)
+             ) -> list: # those that have to be computed
+    "Prepare runs, and take over what their relatives have finished."
+    wanted = {run.id: run for run, _ in todo}
+    for run in wanted.values(): prepare(run)
+    known = runs_in(todo[0][0].store)[0]
+    others = {name: relatives(run, known) for name, run in wanted.items()}
+    return [(run, shard) for run, shard in todo if not take_over(run, shard, others[run.id])]
+
 # %% ../nbs/30_runs.ipynb #c5cd8a2a
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SHUT = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -655,14 +694,15 @@ def n_workers(n_jobs: int | None, # processes; None: as many as this process may
     if n_jobs not in (None, -1): return n_jobs
     return torch.cuda.device_count() if device == 'cuda' else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-# %% ../nbs/30_runs.ipynb #5c7b6f74
+# %% ../nbs/30_runs.ipynb #1d897199
 def _source(todo: list, claims: list, n_jobs, scheduler, retries):
     "The generator of results that fits the arguments."
+    if not todo: return here(())
     if scheduler: return on_cluster([Job(r, shard) for r, shard in todo], scheduler, retries)
     workers = n_workers(n_jobs, todo[0][0].settings['environment'].get('device', 'cpu'))
     return here(claimed(todo, claims)) if workers == 1 else in_processes(claimed(todo, claims), min(workers, len(todo)), retries)
 
-# %% ../nbs/30_runs.ipynb #f0a296e8
+# %% ../nbs/30_runs.ipynb #bb8188ce
 def run_all(settings: list, # of settings, each as in `run`
             store=None, n_jobs=None, scheduler=None, device='auto', retries=2, progress=True # as in `run`
            ) -> list[Run]: # complete
@@ -673,7 +713,7 @@ def run_all(settings: list, # of settings, each as in `run`
     if not todo: return runs
     claims = []
     with explained(store_root(store)), tqdm(total=sum(r.n_shards for r in unique), unit='shard', disable=not progress) as bar:
-        for r in {r.id: r for r, _ in todo}.values(): prepare(r)
+        todo = left_over(todo)
         bar.update(bar.total - len(todo))
         try:
             with contextlib.closing(_source(todo, claims, n_jobs, scheduler, retries)) as source:
@@ -765,18 +805,6 @@ def read_summary(path # a file of `write_summary`
     bets = {name: (level, *arrays[f'{name}.betting']) for name, level in note.pop('betting').items()}
     statistics = {name: VoteStatistics(n, *(arrays[f'{name}.{part}'] for part in PARTS), bets.get(name)) for name, n in note.pop('n_models').items()}
     return Summary(settings, statistics, note)
-
-# %% ../nbs/30_runs.ipynb #fba249f6
-def runs_in(store=None # see `store_root`
-           ) -> tuple[list, list]: # runs, messages about folders that hold none
-    "All runs of a store, and what looks like one but is not."
-    found, wrong = [], []
-    root = store_root(store)
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if not re.fullmatch('[0-9a-f]{16}', folder.name): continue
-        try: found.append(Run(read_settings(folder), root))
-        except (OSError, ShardError) as e: wrong.append(f'{folder.name}: {e}')
-    return found, wrong
 
 # %% ../nbs/30_runs.ipynb #130fb381
 def n_written(run: Run) -> int:

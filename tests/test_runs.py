@@ -71,6 +71,45 @@ def test_hostile_ensemble_settings(change, tmp_path):
     with pytest.raises(ValueError): compute(TINY | change, tmp_path)
 
 
+# ---- ensembles that grow ------------------------------------------------------------------------
+@pytest.fixture
+def asked(monkeypatch):
+    "The shards that were computed."
+    said, compute_one = [], runs.compute
+    monkeypatch.setattr(runs, 'compute', lambda kind, settings, shard: said.append((settings['n_models'], shard)) or compute_one(kind, settings, shard))
+    return said
+
+
+def test_grown_ensemble_trains_new_models_only(tmp_path, asked):
+    compute(TINY, tmp_path / 'a')
+    grown = compute(TINY | {'n_models': 7}, tmp_path / 'a')
+    assert asked == [(4, 0), (4, 1), (7, 2), (7, 3)]
+    at_once = compute(TINY | {'n_models': 7}, tmp_path / 'b')
+    for name in ('triggered', 'clean', 'hashes'): assert np.array_equal(grown.arrays(name), at_once.arrays(name))
+    assert runs.summarize(grown).note['digest'] == runs.summarize(at_once).note['digest']
+
+
+def test_smaller_ensemble_of_a_larger_one(tmp_path, asked):
+    compute(DRILL | {'n_models': 9}, tmp_path)
+    assert compute(DRILL, tmp_path).arrays('probabilities').shape == (7, 5, 2)
+    assert asked[3:] == [(7, 2)]
+
+
+@pytest.mark.parametrize('change', [{'shard_size': 2}, {'n_points': 4}, {'random_state': 1}])
+def test_nothing_is_taken_from_another_experiment(change, tmp_path, asked):
+    compute(DRILL, tmp_path)
+    before = len(asked)
+    other = compute(DRILL | {'n_models': 8} | change, tmp_path)
+    assert len(asked) - before == other.n_shards
+
+
+def test_damaged_shards_are_not_taken(tmp_path, asked):
+    small = compute(DRILL, tmp_path)
+    small.path(0).write_bytes(small.path(0).read_bytes()[:-1])
+    compute(DRILL | {'n_models': 9}, tmp_path)
+    assert asked[3:] == [(9, 0), (9, 2)]
+
+
 # ---- results ------------------------------------------------------------------------------------
 @pytest.mark.parametrize('shard_size', [1, 2, 3, 7, 100])
 def test_models_are_cut_into_shards(shard_size):
