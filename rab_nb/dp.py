@@ -237,7 +237,7 @@ def _check_settings(dp):
         object.__setattr__(dp, name, float(value))
     if dp.engine not in ('ghost', 'opacus'): raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
 
-# %% ../nbs/21_dp.ipynb #67910946
+# %% ../nbs/21_dp.ipynb #bed6da8c
 @dataclass(frozen=True)
 class DPSGD:
     "Per-sample clipping and noise for every model of an ensemble (Section 6.2): `RABClassifier(..., dp=DPSGD(5., 4.))`."
@@ -261,6 +261,7 @@ class DPSGD:
         private = _ghost_gradient if self.engine == 'ghost' else opacus_gradient
         private(self, stack, x, y, loss, generators, batch_size, models, step)
 
+# %% ../nbs/21_dp.ipynb #b2be9329
 def _ghost_gradient(dp, stack, x, y, loss, generators, batch_size, models, step):
     check_layers(stack.module)
     clipped_sum(stack, x, y, loss, dp.max_grad_norm, models, step)

@@ -83,18 +83,16 @@ class GaussianNoise:
         "The law of patterns + noise."
         return product_law('norm', patterns, 0., self.sigma)
 
-# %% ../nbs/01_noise.ipynb #f8ef3df1
+# %% ../nbs/01_noise.ipynb #1b5ff611
 @dataclass(frozen=True)
 class UniformNoise:
     "Noise uniform on [a, b]^d, certified by Corollaries 3 and 4; the radius bounds each pattern's largest entry."
     a: float # lower end, in the units of the features
     b: float # upper end, > a
     norm = 'linf'
-
     def __post_init__(self):
         set_floats(self, a=self.a, b=self.b)
         theory.check_interval(self.a, self.b)
-
     def sample(self, shape, generator: torch.Generator) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device."
         return torch.rand(shape, generator=generator, device=generator.device).mul_(self.b - self.a).add_(self.a)

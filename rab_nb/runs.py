@@ -645,7 +645,7 @@ def on_cluster(jobs: list, # of Job
         except OSError as e: warnings.warn(f'lost the scheduler at {address} ({e}): waiting for it with {len(left)} shards to go', stacklevel=2)
         finally: client.close(timeout=2)
 
-# %% ../nbs/30_runs.ipynb #0eee6a0a
+# %% ../nbs/30_runs.ipynb #5c52a305
 def relatives(run: Run, # in a store
               known: list # of Run
              ) -> list[Run]: # those whose settings differ in n_models alone
@@ -658,10 +658,14 @@ def take_over(run: Run, # prepared
               others: list # of its relatives
              ) -> bool: # whether the shard is finished now
     "Copy a shard from a run that has computed the same models."
-    same = [r for r in others if shard < r.n_shards and models(r.settings, shard) == models(run.settings, shard) and state(r, shard) == 'finished']
-    if same: Job(run, shard).finish(*same[0].read(shard))
-    return bool(same) and state(run, shard) == 'finished'
+    for other in others:
+        if shard >= other.n_shards or models(other.settings, shard) != models(run.settings, shard): continue
+        with contextlib.suppress(FileNotFoundError, ShardError):
+            Job(run, shard).finish(*other.read(shard))
+            return state(run, shard) == 'finished'
+    return False
 
+# %% ../nbs/30_runs.ipynb #1b7cfe86
 def left_over(todo: list # pairs (run, shard)
              ) -> list: # those that have to be computed
     "Prepare runs, and take over what their relatives have finished."
@@ -779,7 +783,7 @@ def summarize(run: Run, # complete
     if betting_level: kept = {name: with_betting(stats, run.arrays(name), betting_level) for name, stats in kept.items()}
     return Summary(run.settings, kept, cost | {'digest': digest.hexdigest()})
 
-# %% ../nbs/30_runs.ipynb #617301dd
+# %% ../nbs/30_runs.ipynb #b2cc7c23
 def write_summary(summary: Summary, # of a complete run
                   path # file to write
                  ) -> None:
@@ -794,6 +798,7 @@ def write_summary(summary: Summary, # of a complete run
 
 PARTS = ('mean', 'second_moment', 'votes')
 
+# %% ../nbs/30_runs.ipynb #c8dfbda5
 def read_summary(path # a file of `write_summary`
                 ) -> Summary: # after every check
     "Read a summary; ShardError if anything about the file is not as it was written."

@@ -55,10 +55,9 @@ def sort_cells(p, q, # masses under eps and delta, one entry per cell
     level = np.cumsum(np.r_[0, ratio[1:] > ratio[:-1] * (1 + tolerance)])
     return p, q, (np.bincount(level, q) / np.bincount(level, p))[level]
 
-# %% ../nbs/00_theory.ipynb #9eb4027c
+# %% ../nbs/00_theory.ipynb #c77ece97
 class LevelSets:
     "Two laws on common cells: zeta, its inverse and xi, (7) to (11), with a randomised threshold."
-
     def __init__(self, p, q, tolerance=1e-9): # masses under eps and delta; see `sort_cells`
         self.tolerance, (self.p, self.q, self.ratio) = tolerance, sort_cells(p, q, tolerance)
         self.cum_p, self.cum_q = (np.r_[0., np.cumsum(m)] for m in (self.p, self.q))
@@ -66,9 +65,7 @@ class LevelSets:
     def zeta(self, t, strict=False):
         "P_eps of the lower level set {ratio <= t}, or of the strict one {ratio < t}."
         return self.cum_p[self._level(t, -1 if strict else 1)]
-
     def _level(self, t, side): return np.searchsorted(self.ratio, np.asarray(t) * (1 + side * self.tolerance), 'right' if side > 0 else 'left')
-
     def inverse(self, p):
         "inf{t >= 0: zeta(t) >= p}; infinite where no t reaches p."
         t = np.append(self.ratio, np.inf)[np.searchsorted(self.cum_p[1:], np.asarray(p) - 1e-12)]
