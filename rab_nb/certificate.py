@@ -114,7 +114,14 @@ class Certificate(Evidence):
     @classmethod
     def from_csv(cls, path): "Read what `to_csv` wrote."; return _from_csv(path)
 
-# %% ../nbs/03_certificate.ipynb #7e1c217a
+# %% ../nbs/03_certificate.ipynb #d8642b7d
+def _check_arguments(noise, arguments):
+    "Refuse what the noise's radius does not depend on: a misspelt name is not an argument of the radius."
+    known = ['d', 'n_poisoned'] if noise.norm == 'linf' else []
+    unknown = sorted(set(arguments) - set(known))
+    if unknown: raise ValueError(f'unknown {", ".join(unknown)}: the radius of {noise!r} depends on {" and ".join(known) or "nothing else"}')
+
+# %% ../nbs/03_certificate.ipynb #67b11a52
 def _radius(noise, p_a, p_b, arguments, **logs):
     "Radius by the noise; NaN if it still depends on d or n_poisoned."
     if noise.norm == 'linf' and not {'d', 'n_poisoned'} <= set(arguments): return np.full(np.shape(p_a), np.nan)
@@ -123,6 +130,7 @@ def _radius(noise, p_a, p_b, arguments, **logs):
 def _certificate(top, p_a, p_b, noise, radius_arguments, **settings):
     "Certificate for the selected classes `top`: abstain where p_a <= p_b."
     if not hasattr(noise, 'radius'): raise ValueError(f'noise must be a smoothing noise such as GaussianNoise(1.0), got {noise!r}')
+    _check_arguments(noise, radius_arguments)
     logs = {k: settings[k] for k in ('log_q_a', 'log_p_b') if settings.get(k) is not None}
     win = p_a > p_b
     radius = np.where(win, _radius(noise, p_a, p_b, radius_arguments, **logs), 0.)
@@ -319,13 +327,13 @@ def _same(a, b):
     same = lambda x, y: x is y or (x is not None and y is not None and np.array_equal(x, y, equal_nan=True))
     return all(getattr(a, f.name) == getattr(b, f.name) for f in fields(Evidence)) and all(same(getattr(a, k), getattr(b, k)) for k in _COLUMNS)
 
-# %% ../nbs/03_certificate.ipynb #2be3f8ac
+# %% ../nbs/03_certificate.ipynb #e77fff32
 def _columns(certificate):
     "Columns of a tidy table: arrays per point, evidence as constants."
     c = certificate
     points = {k: getattr(c, k) for k in _COLUMNS if getattr(c, k) is not None}
     evidence = {f.name: getattr(c, f.name) for f in fields(Evidence)}
-    evidence.update(noise=repr(c.noise), radius_arguments=json.dumps(c.radius_arguments, sort_keys=True))
+    evidence.update(noise=repr(c.noise), radius_arguments=json.dumps(c.radius_arguments, sort_keys=True, default=lambda v: v.item()))
     return points, evidence
 
 def _to_frame(certificate):

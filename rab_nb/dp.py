@@ -176,7 +176,7 @@ def add_noise(stack: Stack, # its gradient is changed in place
     noise = torch.stack([draw(g) for g in generators]).mul_(std)
     for w, part in zip(trained, noise.split(sizes, 1)): w.grad += part.view(w.shape)
 
-# %% ../nbs/21_dp.ipynb #86c51610
+# %% ../nbs/21_dp.ipynb #b58d6a3e
 def check_layers(module: nn.Module # a network, or the stacked module of a `Stack`
                 ) -> None: # or ValueError
     "Refuse layers whose per-sample gradients are undefined or unknown, by name."
@@ -187,6 +187,7 @@ def check_layers(module: nn.Module # a network, or the stacked module of a `Stac
         if not (layer._parameters or layer._buffers): continue
         if not _supported(layer): raise ValueError(f'{where} is not supported by DPSGD: weights may be in nn.Linear, nn.Conv2d (groups=1, dilation=1, zero padding) and nn.GroupNorm')
         for p in layer._parameters.values():
+            if not name: raise ValueError(f'{where} is the whole network; DPSGD needs it inside a module: nn.Sequential(layer)')
             if p is not None and owners.setdefault(p, name) != name:
                 raise ValueError(f'{where} shares a parameter with layer {owners[p]!r}; DPSGD supports a layer used twice, not two layers with one parameter')
 

@@ -6,9 +6,9 @@
 __all__ = ['SMALL', 'WHOLE', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 'initial_module', 'has_bf16', 'auto_stack', 'resolved',
            'identity', 'to_rows', 'to_inputs', 'draw_noise', 'smoothed_rows', 'batches', 'saved_bytes', 'group_bytes',
            'noise_room', 'smoothed_batches', 'loss_per_sample', 'soft', 'adam_steps', 'gradient', 'train', 'one_thread',
-           'draw_u', 'answers', 'healthy_hashes', 'train_group', 'train_shard', 'check_inputs', 'check_labels',
-           'map_groups', 'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter', 'finished',
-           'check_outputs', 'fingerprint', 'RABClassifier']
+           'draw_u', 'answers', 'healthy_hashes', 'train_group', 'check_outputs', 'train_shard', 'check_inputs',
+           'check_labels', 'map_groups', 'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter',
+           'finished', 'fingerprint', 'RABClassifier']
 
 # %% ../nbs/20_ensemble.ipynb #3a011da5
 import copy
@@ -147,7 +147,7 @@ def to_inputs(rows: torch.Tensor, # (..., d)
     c, h, w = shape
     return rows.unflatten(-1, (h, w, c)).movedim(-1, -3)
 
-# %% ../nbs/20_ensemble.ipynb #f350b478
+# %% ../nbs/20_ensemble.ipynb #fd696685
 WHOLE = 2**16 # largest input, in numbers, for which one stream draws all rows
 
 def draw_noise(spec: TrainSpec, rows: torch.Tensor, # (n, d) training inputs on the device
@@ -155,9 +155,9 @@ def draw_noise(spec: TrainSpec, rows: torch.Tensor, # (n, d) training inputs on 
               ) -> torch.Tensor: # (B, d)
     "z of some rows of model k."
     draw = lambda shape, *index: spec.noise.sample(shape, generator(spec.random_state, 'train-noise', *index, device=rows.device))
-    (n, d), numbers = rows.shape, slice(None) if i is None else i
-    if d <= WHOLE: return draw((n, d), k)[numbers]
-    return torch.stack([draw((d,), k, j) for j in torch.arange(n)[numbers].tolist()])
+    n, d = rows.shape
+    if d <= WHOLE: return draw((n, d), k) if i is None else draw((n, d), k)[i]
+    return torch.stack([draw((d,), k, j) for j in (range(n) if i is None else i.tolist())])
 
 # %% ../nbs/20_ensemble.ipynb #8d6a7105
 def smoothed_rows(spec: TrainSpec, rows: torch.Tensor, # (n, d)
@@ -366,7 +366,19 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
     if keep_models: out['models'] = {k: v.cpu().numpy().copy() for k, v in state(stack).items()}
     return out
 
-# %% ../nbs/20_ensemble.ipynb #4ec676be
+# %% ../nbs/20_ensemble.ipynb #bff163c9
+def check_outputs(spec: TrainSpec, x # resolved; some inputs
+                 ) -> None:
+    "ValueError if the module does not map inputs to one logit, or one per class."
+    try:
+        with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(np.array(x[:2], np.float32))).shape)
+    except Exception as e: raise ValueError(f'module fails on inputs of shape {x.shape[1:]}: {e}') from e
+    n = len(x[:2])
+    allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
+    if shape not in allowed:
+        raise ValueError(f'module must map {n} inputs to outputs of shape {" or ".join(map(str, allowed))} for {spec.n_classes} classes, got {shape}')
+
+# %% ../nbs/20_ensemble.ipynb #77fc9da0
 def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
                 x, # (n, ...) training inputs
                 y, # (n,) labels 0..n_classes-1
@@ -376,6 +388,7 @@ def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
                ) -> dict: # probabilities: name -> (len(indices), n_eval, C) float32; hashes: list of str; models: name -> (len(indices), ...)
     "Train some models of a run and evaluate them: the unit of work of a resumable or distributed run."
     spec, indices = resolved(spec), [int(k) for k in indices]
+    check_outputs(spec, x)
     groups = sorted({k // spec.stack for k in indices})
     with one_thread(): parts = [train_group(spec, x, y, x_evals, g, keep_models) for g in groups]
     return _select(spec, parts, groups, indices)
@@ -541,18 +554,6 @@ def _stored(group, name):
     if name not in group['probabilities']: raise ValueError(f'no evaluation set {name!r} was given to fit; it had {list(group["probabilities"])}')
     return group['probabilities'][name]
 
-# %% ../nbs/20_ensemble.ipynb #d036e3aa
-def check_outputs(spec: TrainSpec, x # resolved; some inputs
-                 ) -> None:
-    "ValueError if the module does not map inputs to one logit, or one per class."
-    try:
-        with torch.no_grad(): shape = tuple(copy.deepcopy(spec.module).eval()(torch.from_numpy(x[:2].copy())).shape)
-    except Exception as e: raise ValueError(f'module fails on inputs of shape {x.shape[1:]}: {e}') from e
-    n = len(x[:2])
-    allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
-    if shape not in allowed:
-        raise ValueError(f'module must map {n} inputs to outputs of shape {" or ".join(map(str, allowed))} for {spec.n_classes} classes, got {shape}')
-
 # %% ../nbs/20_ensemble.ipynb #1c2218f9
 def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
                ) -> str: # 64 hexadecimal digits
@@ -561,7 +562,7 @@ def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
     for name, e in x_evals.items(): digest.update(name.encode() + e.tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/20_ensemble.ipynb #ad12463d
+# %% ../nbs/20_ensemble.ipynb #813e8792
 class _Fit(Voter, _Settings):
     def fit(self, X, y, # (n, ...) inputs, (n,) labels
             eval_sets: dict = None # name -> inputs: also keep every model's outputs at these points
@@ -577,6 +578,7 @@ class _Fit(Voter, _Settings):
         check_outputs(self.spec_, X)
         data = fingerprint(self.spec_, X, y, evals)
         if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
+        if self.keep_models: self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
         self._data = data
         train_groups(self.spec_, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs, self.verbose)
         return self
@@ -585,7 +587,7 @@ def _spec(self):
     names = [f.name for f in fields(TrainSpec) if f.name not in ('n_classes', 'snapshots')]
     return resolved(TrainSpec(n_classes=len(self.classes_), **{name: getattr(self, name) for name in names}))
 
-# %% ../nbs/20_ensemble.ipynb #d18ab296
+# %% ../nbs/20_ensemble.ipynb #0435018c
 class RABClassifier(_Fit):
     "Smoothed ensemble of Algorithm 1 with certificates against backdoors in the training set."
     def model_probabilities(self, X) -> np.ndarray: # X: (n, ...) inputs, or the name of one of fit's eval_sets; (N, n, C)
@@ -605,18 +607,19 @@ class RABClassifier(_Fit):
         save_groups(path, self.groups_, _about(self))
 
     @classmethod
-    def load(cls, path, module): # the file; the module or function that `fit` had
-        "Read what `save` wrote."
-        return _load(cls, path, module)
+    def load(cls, path, module, dp=None): # the file; the module or function, and the DPSGD, that `fit` had
+        "Read what `save` wrote; ValueError if it was trained with another `dp`."
+        return _load(cls, path, module, dp)
 
-# %% ../nbs/20_ensemble.ipynb #741a1e66
+# %% ../nbs/20_ensemble.ipynb #572f1f80
 def _about(self):
     settings = {k: getattr(self.spec_, k) for k in ('epochs', 'batch_size', 'lr', 'random_state', 'test_noise', 'precision', 'stack', 'device')}
     return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise), dp=repr(self.dp), classes=self.classes_.tolist(), input_shape=self.input_shape_)
 
-def _load(cls, path, module):
+def _load(cls, path, module, dp):
     groups, about = load_groups(path, initial_module(module, 0))
-    self = cls(module, noise_from_repr(about['noise']), **about['settings'])
+    if about['dp'] != repr(dp): raise ValueError(f'the models of {path} were trained with dp={about["dp"]}, got dp={dp!r}: give load the same')
+    self = cls(module, noise_from_repr(about['noise']), dp=dp, **about['settings'])
     if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
     self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
     self.n_features_in_, self.spec_, self.groups_ = math.prod(self.input_shape_), _spec(self), groups

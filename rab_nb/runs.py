@@ -39,14 +39,14 @@ from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-# %% ../nbs/30_runs.ipynb #2ca6d8c2
+# %% ../nbs/30_runs.ipynb #eb0f0b42
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from . import attacks, data, ensemble
 from . import models as networks
-from .certificate import VoteStatistics, hard_votes, with_betting
+from .certificate import VoteStatistics, check_probabilities, hard_votes, with_betting
 from .noise import noise_from_repr, rng
 
 # %% ../nbs/30_runs.ipynb #2b7d595f
@@ -740,7 +740,7 @@ def run(settings: dict, # kind, n_models, shard_size, and what the kind needs
     "Compute whatever is missing of a run; returns at once when nothing is."
     return run_all([settings], store, n_jobs, scheduler, device, retries, progress)[0]
 
-# %% ../nbs/30_runs.ipynb #9aa70eef
+# %% ../nbs/30_runs.ipynb #f2ebb70e
 def statistics(run: Run, # complete
                name: str # of an array (models, points, classes) in its shards
               ) -> VoteStatistics: # of all models
@@ -748,6 +748,7 @@ def statistics(run: Run, # complete
     total, square, votes, n = 0., 0., 0, 0
     for shard in range(run.n_shards):
         outputs = run.read(shard)[0][name]
+        check_probabilities(outputs)
         n += len(outputs)
         votes = votes + hard_votes(outputs).sum(0, dtype=np.int64)
         for p in outputs.astype(np.float64): total, square = total + p, square + p * p

@@ -170,6 +170,12 @@ def _attach(module, name, tensor, kind):
     owner.__dict__.pop(leaf, None)
     getattr(owner, kind)[leaf] = tensor
 
+# %% ../nbs/13_stacked.ipynb #fca11a4f
+def _attach_all(module, named, tensors, kind):
+    "Set every name of a module's tensors."
+    first = {}
+    for name, tensor in named: _attach(module, name, tensors[first.setdefault(tensor, name)], kind)
+
 # %% ../nbs/13_stacked.ipynb #d42262ec
 def _leaves(stack, start, trained):
     "Parameters with the model axis: views of the flat vector where trained, copies where frozen."
@@ -181,7 +187,7 @@ def _leaves(stack, start, trained):
         if name in views: leaf.grad = grads[name][0] if stack.mode == 'plain' else grads[name]
         yield name, leaf
 
-# %% ../nbs/13_stacked.ipynb #749ffaf7
+# %% ../nbs/13_stacked.ipynb #488dd12a
 class Stack:
     "M copies of a module with weights (M, ...) on one flat vector; called on (M, B, ...), it returns (M, B, outputs)."
     def __init__(self, module: nn.Module, # the network; its parameters are every model's initialisation
@@ -200,8 +206,8 @@ class Stack:
         with torch.no_grad(): self.weights = dict(_leaves(self, {k: p.detach() for k, p in parameters.items()}, trained))
         self.buffers = {k: b if self.mode == 'plain' else b.expand(n_models, *b.shape).clone() for k, b in original.named_buffers()}
         if self.mode != 'vmap':
-            for k, p in self.weights.items(): _attach(self.module, k, p, '_parameters')
-            for k, b in self.buffers.items(): _attach(self.module, k, b, '_buffers')
+            _attach_all(self.module, original.named_parameters(remove_duplicate=False), self.weights, '_parameters')
+            _attach_all(self.module, original.named_buffers(remove_duplicate=False), self.buffers, '_buffers')
 
     def __call__(self, x): return _forward(self, x)
 

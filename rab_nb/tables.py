@@ -233,9 +233,9 @@ def undefended(settings: dict, # of kind 'undefended', with 'environment'
 
 runs.register('undefended', undefended, undefended_environment)
 
-# %% ../nbs/31_tables.ipynb #a325e1e8
+# %% ../nbs/31_tables.ipynb #28173262
 CERTIFIED = ('prediction', 'p_a', 'p_b', 'log_q_a', 'log_p_b')
-KNN_VERSION = 3
+KNN_VERSION = 4
 
 @lru_cache(maxsize=64)
 def _knn_environment(data: str, attack: str) -> dict:
@@ -327,7 +327,7 @@ class Finished:
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
     averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
 
-# %% ../nbs/31_tables.ipynb #0e6eef21
+# %% ../nbs/31_tables.ipynb #25d905be
 def summary_of(settings: dict, # of an ensemble or an undefended model
                kept: Path | None, # folder of committed summaries
                alpha: float = .001 # level of the betting bounds that are kept of a smoothed ensemble
@@ -336,6 +336,7 @@ def summary_of(settings: dict, # of an ensemble or an undefended model
     path = kept / f'{runs.experiment_id(settings)[:16]}.safetensors' if kept else None
     if path and path.exists():
         summary = runs.read_summary(path)
+        if runs.experiment_id(summary.settings) != runs.experiment_id(settings): raise runs.ShardError(f'{path} holds another run: {runs.canonical(summary.settings)}. Remove it')
         if summary.settings['environment']['version'] == runs.dnn_version(settings): return summary
     run = runs.open_run(settings)
     if run.missing(): return None

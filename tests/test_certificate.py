@@ -294,3 +294,15 @@ def test_betting_is_fast_enough():
     start = time.process_time()
     bounds.betting(x, .001)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize('noise, arguments', [(UniformNoise(-1., 1.), dict(familiwise=True)), (UniformNoise(-1., 1.), dict(d=4, bond='betting')),
+                                              (GaussianNoise(1.), dict(d=4)), (LaplaceNoise(1.), dict(n_poisoned=2))])
+def test_misspelt_arguments_are_not_taken_for_the_radius(noise, arguments):
+    with pytest.raises(ValueError, match='unknown'): certify(np.tile([.1, .9], (100, 3, 1)), noise, **arguments)
+
+
+def test_numbers_of_numpy_reach_the_file(tmp_path):
+    cert = certify(np.tile([.1, .9], (100, 3, 1)), UniformNoise(-1., 1.), d=np.prod((2, 2)), n_poisoned=np.int64(2))
+    cert.to_csv(tmp_path / 'c.csv')
+    assert Certificate.from_csv(tmp_path / 'c.csv').radius_arguments == dict(d=4, n_poisoned=2)

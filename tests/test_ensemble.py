@@ -352,6 +352,40 @@ def test_save_and_load(tmp_path):
     with pytest.raises(ValueError, match='damaged'): RABClassifier.load(path, models.digits_cnn)
 
 
+def test_a_loaded_private_ensemble_is_still_private(tmp_path):
+    path, dp = tmp_path / 'private.safetensors', DPSGD(1., .5)
+    classifier(dp=dp).fit(X[:50], Y[:50]).save(path)
+    assert clone(RABClassifier.load(path, models.digits_cnn, dp=dp)).dp == dp
+    for other in (None, DPSGD(1., .6)):
+        with pytest.raises(ValueError, match=r'were trained with dp=DPSGD\(.*noise_multiplier=0.5'): RABClassifier.load(path, models.digits_cnn, dp=other)
+
+
+def test_warm_start_trains_again_what_was_not_kept():
+    clf = classifier(keep_models=False, warm_start=True).fit(X[:50], Y[:50], dict(test=X[200:220]))
+    before = clf.model_probabilities('test')
+    clf.set_params(keep_models=True).fit(X[:50], Y[:50], dict(test=X[200:220]))
+    assert np.array_equal(clf.model_probabilities(X[200:220]), before)
+
+
+class Tied(nn.Module):
+    "Two layers with one weight, and one layer under two names."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+        self.b.weight, self.again = self.a.weight, self.a
+
+    def forward(self, x): return self.c(torch.relu(self.again(torch.relu(self.b(torch.relu(self.a(x.flatten(1))))))))
+
+
+@pytest.mark.parametrize('stack', [1, 3])
+def test_shared_parameters_stay_shared(stack):
+    s = resolved(spec(module=Tied, stack=stack, precision='float32'))
+    trained = ensemble.train(s, X[:50], Y[:50], range(stack))
+    plain, x = plain_loop(ensemble.initial_module(Tied, 0), s, X[:50], Y[:50], 0), torch.from_numpy(X[:5])
+    for name, weight in plain.named_parameters(): torch.testing.assert_close(trained.weights[name].detach().reshape(-1, *weight.shape)[0], weight.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained(x.expand(stack, *x.shape))[0].detach(), plain(x).detach(), atol=1e-3, rtol=0)
+
+
 def test_without_models_only_the_outputs_are_kept():
     clf = classifier(keep_models=False, n_estimators=20)
     p = clf.fit(X[:100], Y[:100], eval_sets=dict(test=X[200:220])).model_probabilities('test')
@@ -370,6 +404,7 @@ def test_more_than_two_classes_and_string_labels():
     assert p.shape[2] == 3 and np.allclose(p.sum(2), 1, atol=1e-5)
     assert clf.score(x[300:], names[300:]) > .85 and set(clf.predict(x[300:])) <= set(names)
     with pytest.raises(ValueError, match='outputs of shape'): classifier().fit(x, y)
+    with pytest.raises(ValueError, match=r'outputs of shape \(2, 3\) for 3 classes'): train_shard(spec(n_classes=3), x, y, {}, [0])
 
 
 def test_scikit_learn_conventions():
@@ -457,7 +492,9 @@ def test_cuda_trains_the_same_networks_up_to_rounding(make, shape, stack, same_n
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('dp', [None, DPSGD(1., .5)])
-def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp):
+@pytest.mark.parametrize('whole_rows', [ensemble.WHOLE, 10])
+def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp, whole_rows, monkeypatch):
+    monkeypatch.setattr(ensemble, 'WHOLE', whole_rows)
     s, evals = resolved(spec(device='cuda', dp=dp)), dict(test=X[60:70])
     whole = train_shard(s, X[:50], Y[:50], evals, range(8))
     again = train_shard(s, X[:50], Y[:50], evals, [6, 1])

@@ -1,12 +1,13 @@
 "The experiment notebooks run through papermill, at tiny size, into a temporary folder; and papermill's leniency is gone."
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from rab_nb import report, tables
+from rab_nb import report, runs, tables
 
 EXPERIMENTS = tables.ROOT / 'nbs/experiments'
 
@@ -81,3 +82,14 @@ def test_committed_pages_agree_with_their_numbers(path):
     assert page['verdict'] == report.verdict(scores, table)
     assert path.with_suffix('.md').read_text() == report.page_markdown(page)
     for caption in ('Profile', 'Data:', 'seeds', 'alpha', 'Code'): assert caption in page['caption']
+
+
+def test_a_committed_summary_under_another_name_is_refused(tmp_path):
+    profile = tables.load_profile('cpu')
+    a, b = (tables.ensemble_runs(r, profile)['smoothed'] for r in tables.rows_of(tables.spec(1), profile)[:3:2])
+    name = lambda settings: f'{runs.experiment_id(settings)[:16]}.safetensors'
+    source = tables.ROOT / 'results/cpu/runs' / name(b)
+    shutil.copy(source, tmp_path / name(b))
+    assert tables.summary_of(b, tmp_path).settings['noise'] == b['noise']
+    shutil.move(tmp_path / name(b), tmp_path / name(a))
+    with pytest.raises(runs.ShardError, match='holds another run'): tables.summary_of(a, tmp_path)

@@ -55,6 +55,57 @@ def test_votes_against_direct_integration(d, k, n_classes):
     np.testing.assert_allclose(np.exp(model.log_proba(np.zeros((1, d)))[0][0]), oracle(s, y, n_classes, d, k), atol=1e-8)
 
 
+def log_tails(u, s):
+    "log S, log F and log density of the noisy distance of one point on a line."
+    from scipy.special import log_ndtr
+    log_s, log_f = np.logaddexp(log_ndtr(s - u), log_ndtr(-s - u)), log_ndtr(u - s)
+    return log_s, log_f + np.log1p(-np.exp(np.minimum(log_ndtr(-u - s) - log_f, -1e-300))), np.logaddexp(-(u - s)**2/2, -(u + s)**2/2) - math.log(2*math.pi)/2
+
+
+def log_oracle(s, y, k):
+    "As `oracle`, on a line and in logarithms."
+    u = np.linspace(1e-9, max(s) + 9, 40_001)
+    tails, total = [log_tails(u, a) for a in s], np.full((2, len(u)), -np.inf)
+    for i in range(len(s)):
+        for inside in combinations([j for j in range(len(s)) if j != i], k - 1):
+            rest = [j for j in range(len(s)) if j != i and j not in inside]
+            winner = vote(np.array(y)[[i, *inside]], 2)
+            total[winner] = np.logaddexp(total[winner], tails[i][2] + sum(tails[j][1] for j in inside) + sum(tails[j][0] for j in rest))
+    return np.logaddexp.reduce(total, 1) + math.log(u[1] - u[0])
+
+
+@pytest.mark.parametrize('k,s', [(2, (0, 60, 30, 30)), (2, (0, 60, 42, 42)), (3, (1, 1, 42, 42))])
+def test_a_vote_decided_before_the_kth_neighbours_place(k, s):
+    "A rival that needs several points gets them nearer than the k-th neighbour lies without noise."
+    model = SmoothedKNNClassifier(n_neighbors=k).fit(np.array(s, float)[:, None], [0, 0, 1, 1])
+    np.testing.assert_allclose(model.log_proba(np.zeros((1, 1)))[0][0, 1], log_oracle(s, [0, 0, 1, 1], k)[1], atol=1e-4)
+
+
+@pytest.mark.parametrize('k,s', [(2, (0, 60, 46, 46)), (3, (1, 1, 45, 45)), (4, (0, 0, 0, 45, 45, 45))])
+def test_a_vote_that_underflows_is_bounded(k, s):
+    y = np.repeat([0, 1], len(s) // 2)
+    model = SmoothedKNNClassifier(n_neighbors=k).fit(np.array(s, float)[:, None], y)
+    log_p, certificate = model.log_proba(np.zeros((1, 1)))[0][0], model.certify(np.zeros((1, 1)))
+    assert np.isfinite(certificate.radius[0]) and log_p[1] >= log_oracle(s, y, k)[1]
+
+
+def test_votes_of_near_duplicates_have_finite_radii():
+    x = np.random.default_rng(0).random((200, 20))
+    radius = SmoothedKNNClassifier(n_neighbors=2, sigma=.01).fit(x, np.arange(200) % 2).certify(x[:6]).radius
+    assert np.isfinite(radius).all() and radius.max() < .4
+
+
+@pytest.mark.parametrize('far', [8., 12.])
+def test_quantised_rival_far_behind(far, n_levels=200, d=5):
+    "Its mass lies where the nearer point has used up nearly all of its own."
+    from scipy.optimize import brentq
+    hazard = lambda u: -ncx2.logsf(u*u, d, 1.) - ncx2.logsf(u*u, d, far**2)
+    edges = np.array([0.] + [brentq(lambda u: hazard(u) - l/(n_levels - l), 1e-9, far + 12, xtol=1e-13) for l in range(1, n_levels)] + [far + 40])
+    expected = np.log((np.diff(ncx2.cdf(edges**2, d, far**2)) * ncx2.sf(edges[1:]**2, d, 1.)).sum())
+    model = SmoothedKNNClassifier(n_levels=n_levels).fit(place([1., far], d), [0, 1])
+    np.testing.assert_allclose(model.log_proba(np.zeros((1, d)))[0][0, 1], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize('k,n_classes', [(5, 2), (15, 2), (15, 3), (4, 10)])
 def test_votes_against_monte_carlo(k, n_classes):
     rng = np.random.default_rng(k)

@@ -137,6 +137,15 @@ def test_statistics_do_not_depend_on_the_shards(tmp_path):
     assert (a.mean == b.mean).all() and (a.second_moment == b.second_moment).all()
 
 
+@pytest.mark.parametrize('odd, message', [(np.nan, 'nan'), (2., 'must lie')])
+def test_statistics_refuse_what_is_no_probability(odd, message, tmp_path):
+    r = compute(DRILL, tmp_path)
+    outputs = r.arrays('probabilities').astype(np.float32)
+    outputs[3, 2, 1] = odd
+    damaged = type('Damaged', (), dict(n_shards=1, read=lambda self, shard: ({'probabilities': outputs}, {})))()
+    with pytest.raises(ValueError, match=message): runs.statistics(damaged, 'probabilities')
+
+
 def test_ensemble_runs_are_the_classifier(tmp_path):
     "The run store and RABClassifier train the same models."
     from rab_nb.ensemble import RABClassifier
