@@ -8,9 +8,9 @@ __all__ = ['KINDS', 'TRIGGERS', 'MODULES', 'NEEDED', 'MAX_SHARD_BYTES', 'MAX_SET
            'Kind', 'no_environment', 'register', 'one_of', 'kind_of', 'drill_environment', 'drill', 'train_spec',
            'poisoned_task', 'dnn_version', 'dnn_environment', 'dnn', 'ShardError', 'checksum', 'pack', 'unpack',
            'Claim', 'claim', 'store_root', 'Run', 'state', 'missing', 'open_run', 'read_settings', 'sweep', 'prepare',
-           'runs_in', 'compute', 'single_thread', 'Job', 'claimed', 'here', 'Worker', 'collect', 'in_processes',
-           'on_cluster', 'relatives', 'take_over', 'left_over', 'explained', 'n_workers', 'run_all', 'run',
-           'statistics', 'Summary', 'experiment_id', 'summarize', 'write_summary', 'read_summary', 'n_written',
+           'runs_in', 'processor', 'compute', 'single_thread', 'Job', 'claimed', 'here', 'Worker', 'collect',
+           'in_processes', 'on_cluster', 'relatives', 'take_over', 'left_over', 'explained', 'n_workers', 'run_all',
+           'run', 'statistics', 'Summary', 'experiment_id', 'summarize', 'write_summary', 'read_summary', 'n_written',
            'remove', 'main']
 
 # %% ../nbs/30_runs.ipynb #2e23a585
@@ -38,6 +38,7 @@ from functools import lru_cache
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from reprlib import repr as short
 
 # %% ../nbs/30_runs.ipynb #eb0f0b42
 import numpy as np
@@ -166,11 +167,14 @@ def _task(text: str) -> data.Task:
     root = os.environ.get('RAB_IMAGENET') if arguments.get('size') else None
     return data.load(**arguments, root=root)
 
+def _attack(settings: dict) -> tuple: # a trigger, and how to use it
+    how = {k: settings[k] for k in ('rate', 'target', 'seed', 'source') if k in settings}
+    return _named(TRIGGERS, {k: v for k, v in settings.items() if k not in how}, 'trigger'), how
+
 @lru_cache(maxsize=2)
 def _poisoned(data_text: str, attack_text: str) -> attacks.PoisonedTask:
-    how = json.loads(attack_text)
-    apart = {k: how.pop(k) for k in ('rate', 'target', 'seed', 'source') if k in how}
-    return attacks.poison(_task(data_text), _named(TRIGGERS, how, 'trigger'), **apart)
+    trigger, how = _attack(json.loads(attack_text))
+    return attacks.poison(_task(data_text), trigger, **how)
 
 def poisoned_task(settings: dict # of kind 'dnn'
                  ) -> attacks.PoisonedTask: # data and attack of the run
@@ -186,6 +190,7 @@ def dnn_version(settings: dict # of kind 'dnn' or 'undefended'
 @lru_cache(maxsize=64)
 def _dnn_environment(text: str, device: str) -> dict:
     settings = json.loads(text)
+    _attack(settings['attack'])
     spec = ensemble.identity(train_spec(settings, device))
     if settings['shard_size'] % spec['stack'] and settings['n_models'] > settings['shard_size']:
         raise ValueError(f"shard_size must be a multiple of stack = {spec['stack']}, the models trained side by side, got {settings['shard_size']}")
@@ -309,7 +314,8 @@ class Claim:
         os.close(self.fd)
 
     def commit(self, content: bytes) -> None:
-        "Write, sync, move into place, sync the folder. After an error nothing is left behind."
+        "Write, sync, move into place, sync the folder. After an error nothing is left behind; a claim that is gone writes nothing."
+        if not self.held: os.close(self.fd); return
         try: _write(self.fd, content); os.replace(self.part, self.path); _sync_folder(self.path.parent)
         except BaseException: self.release(); raise
         os.close(self.fd)
@@ -386,7 +392,8 @@ def open_run(settings: dict, # plain values with kind, n_models, shard_size
     "Complete the settings by the environment of this machine."
     settings = plain(settings)
     n_shards(settings)
-    environment = plain(kind_of(settings).environment(settings, device))
+    try: environment = plain(kind_of(settings).environment(settings, device))
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"these are no settings of kind {settings['kind']!r} ({type(e).__name__}: {e}): {short(settings)}") from e
     return Run(settings | {'environment': environment}, store_root(store))
 
 # %% ../nbs/30_runs.ipynb #f3fb9c9a
@@ -432,6 +439,15 @@ def runs_in(store=None # see `store_root`
         except (OSError, ShardError) as e: wrong.append(f'{folder.name}: {e}')
     return found, wrong
 
+# %% ../nbs/30_runs.ipynb #af68e7a9
+@lru_cache(maxsize=1)
+def processor() -> str: # such as 'GenuineIntel, family 6, model 143, AVX512'
+    "This machine's processor as Linux tells it, elsewhere its architecture, with the instructions that torch makes use of."
+    try: lines = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines())
+    except (OSError, ValueError): lines = {}
+    name = f"{lines['vendor_id']}, family {lines['cpu family']}, model {lines['model']}" if {'vendor_id', 'cpu family', 'model'} <= set(lines) else platform.machine()
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
+
 # %% ../nbs/30_runs.ipynb #ae34b15b
 def compute(kind: Kind, # functions of the run
             settings: dict, # with 'environment'
@@ -444,7 +460,7 @@ def compute(kind: Kind, # functions of the run
     clock = time.perf_counter if wanted.get('device') == 'cuda' else time.process_time
     start = clock()
     with single_thread(): arrays = kind.shard(settings, shard)
-    machine = torch.cuda.get_device_name() if wanted.get('device') == 'cuda' and torch.cuda.is_available() else platform.processor() or platform.machine()
+    machine = torch.cuda.get_device_name() if wanted.get('device') == 'cuda' and torch.cuda.is_available() else processor()
     return arrays, {'seconds': clock() - start, 'machine': machine, 'torch': torch.__version__}
 
 @contextlib.contextmanager
@@ -469,9 +485,10 @@ class Job:
     def call(self) -> tuple: return kind_of(self.run.settings), self.run.settings, self.shard
 
     def finish(self, arrays: dict, note: dict) -> None:
-        "Write the shard, unless another client is writing the same at this moment."
-        held = self.claim or claim(self.run.path(self.shard))
-        if held: held.commit(pack(self.run.id, self.shard, arrays, note))
+        "Write the shard."
+        path = self.run.path(self.shard)
+        held = self.claim or claim(path) or replace(claim(path.with_name(f'{path.name}.{os.getpid()}')), path=path)
+        held.commit(pack(self.run.id, self.shard, arrays, note))
 
 # %% ../nbs/30_runs.ipynb #5a0783da
 def claimed(todo: list, # pairs (run, shard)
@@ -703,7 +720,8 @@ def _source(todo: list, claims: list, n_jobs, scheduler, retries):
     "The generator of results that fits the arguments."
     if not todo: return here(())
     if scheduler: return on_cluster([Job(r, shard) for r, shard in todo], scheduler, retries)
-    workers = n_workers(n_jobs, todo[0][0].settings['environment'].get('device', 'cpu'))
+    devices = {r.settings['environment'].get('device') for r, _ in todo}
+    workers = n_workers(n_jobs, 'cuda' if 'cuda' in devices else 'cpu')
     return here(claimed(todo, claims)) if workers == 1 else in_processes(claimed(todo, claims), min(workers, len(todo)), retries)
 
 # %% ../nbs/30_runs.ipynb #bb8188ce
@@ -807,10 +825,11 @@ def read_summary(path # a file of `write_summary`
     try: settings = json.loads(_parse(content)[1]['note'])['settings']; expected = run_id(settings)
     except Exception as e: raise ShardError(f'{path} is not a summary ({type(e).__name__})') from None
     arrays, note = unpack(content, expected, 'summary')
-    del note['settings']
-    bets = {name: (level, *arrays[f'{name}.betting']) for name, level in note.pop('betting').items()}
-    statistics = {name: VoteStatistics(n, *(arrays[f'{name}.{part}'] for part in PARTS), bets.get(name)) for name, n in note.pop('n_models').items()}
-    return Summary(settings, statistics, note)
+    try:
+        bets = {name: (level, *arrays[f'{name}.betting']) for name, level in note.pop('betting').items()}
+        statistics = {name: VoteStatistics(n, *(arrays[f'{name}.{part}'] for part in PARTS), bets.get(name)) for name, n in note.pop('n_models').items()}
+    except (KeyError, AttributeError, TypeError) as e: raise ShardError(f'{path} lacks a part of a summary ({type(e).__name__}: {e})') from None
+    return Summary(settings, statistics, {k: v for k, v in note.items() if k != 'settings'})
 
 # %% ../nbs/30_runs.ipynb #130fb381
 def n_written(run: Run) -> int:
@@ -837,7 +856,7 @@ def _of_tables(args) -> list: # of settings
         pairs = {pair: i for i, pair in enumerate(dict.fromkeys(r.pair for r in rows), 1)}
         _in_range('--rows', args.rows, numbers); _in_range('--pairs', args.pairs, pairs)
         chosen += [r for r in rows if numbers[r.attack, r.norm, r.sigma] in (args.rows or numbers.values()) and pairs[r.pair] in (args.pairs or pairs.values())]
-    return [s for row in chosen for s in tables.runs_of(row, profile).values()]
+    return tables.different(s for row in chosen for s in tables.runs_of(row, profile).values())
 
 def _in_range(option: str, asked, existing) -> None:
     if asked and not 1 <= min(asked) <= max(asked) <= len(existing): raise ValueError(f'{option} must be in 1..{len(existing)}, got {asked}')

@@ -30,9 +30,10 @@ def test_tiny_run_writes_every_file(notebook, table, options, tmp_path):
 
 
 def test_second_execution_is_byte_identical(tmp_path):
-    for folder in ('a', 'b'):
-        report.run_notebook(EXPERIMENTS / 'dnn.ipynb', tmp_path / folder / 'table1.ipynb', table=1, profile='quick', folder=str(tmp_path / folder), n_estimators=50, rows=1)
-    assert (tmp_path / 'a/table1.csv').read_bytes() == (tmp_path / 'b/table1.csv').read_bytes()
+    def written():
+        report.run_notebook(EXPERIMENTS / 'dnn.ipynb', tmp_path / 'table1.ipynb', table=1, profile='quick', folder=str(tmp_path), n_estimators=50, rows=1)
+        return {path.name: path.read_bytes() for path in tmp_path.glob('table1.*')}
+    assert written() == written()
 
 
 def test_lost_parameters_tag_stops_the_run(tmp_path):
@@ -66,6 +67,34 @@ def test_profiles_of_arbitrary_bytes_give_clean_errors(tmp_path):
         try: profile = tables.load_profile(tmp_path / 'fuzzed.yaml')
         except ValueError: continue
         assert set(tables.REQUIRED) < set(profile)
+        for table in (1, 4, 9):
+            try: [runs.open_run(s) for s in tables.settings_for(table, tmp_path / 'fuzzed.yaml')[:2]]
+            except ValueError: pass
+
+
+@pytest.mark.parametrize('part, change', [('knn', {}), ('ensemble', {'mnist': None}), ('ensemble', {'mnist': {'epochs': 1}}), ('dp', {'mnist': {'max_grad_norms': 5., 'noise_multiplier': 4.}}),
+                                          ('data', {'mnist': {'name': 'digits', 'pairs': []}}), ('data', {'mnist': {'name': 'digits', 'pairs': [[[0], 1]]}}), ('ensemble', {'mnst': {}})])
+def test_a_profile_says_what_is_wrong_before_anything_runs(part, change):
+    quick = {key: value for key, value in tables.load_profile('quick').items() if key != 'profile'}
+    with pytest.raises(ValueError, match=part): tables.check_profile(quick | {part: change}, 'mine.yaml')
+
+
+def test_a_relative_profile_makes_a_table_and_says_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, 'ROOT', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tables.PROFILES / 'quick.yaml', 'mine.yaml')
+    asked = {}
+    monkeypatch.setattr(report, 'finish', lambda *args: [])
+    monkeypatch.setattr(report, 'run_notebook', lambda notebook, out, **parameters: asked.update(parameters))
+    assert report.main(['make', '1', 'mine.yaml']) == 0 and asked['profile'] == str(tmp_path / 'mine.yaml') and asked['folder'] == 'results/mine'
+    assert report.main(['where', 'mine.yaml', '1']) == 2 and 'results/mine/table1.json is not there' in capsys.readouterr().err
+
+
+def test_stopped_and_failed_commands_say_so_in_a_line(monkeypatch, capsys):
+    for error, code in ((KeyboardInterrupt(), 130), (RuntimeError('shard 3 failed'), 2), (OSError('disk full'), 2)):
+        def broken(*args, error=error): raise error
+        monkeypatch.setattr(report, 'make', broken)
+        assert report.main(['make', '1', 'quick']) == code and capsys.readouterr().err.count('\n') == 1
 
 
 def test_a_profile_cannot_run_code(tmp_path):
@@ -80,8 +109,14 @@ def test_committed_pages_agree_with_their_numbers(path):
     table = tables.spec(page['number'])
     assert page['lines'] == report.lines_of(scores, table, tables.statements(table)[0])
     assert page['verdict'] == report.verdict(scores, table)
+    asked = {' / '.join(map(str, pair)) for pair in tables.load_profile(page['profile'])['data'][table.dataset]['pairs']}
+    assert set(page['not_run']) == asked - set(scores.pair)
     assert path.with_suffix('.md').read_text() == report.page_markdown(page)
     for caption in ('Profile', 'Data:', 'seeds', 'alpha', 'Code'): assert caption in page['caption']
+
+
+def test_the_list_of_results_is_that_of_its_pages():
+    assert (tables.ROOT / 'results/README.md').read_text() == report.summary(report.pages(tables.ROOT / 'results'))
 
 
 def test_a_committed_summary_under_another_name_is_refused(tmp_path):

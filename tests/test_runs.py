@@ -65,7 +65,8 @@ def test_settings_cannot_name_code(kind, tmp_path):
     with pytest.raises(ValueError, match='kind must be one of'): compute(DRILL | {'kind': kind}, tmp_path)
 
 
-@pytest.mark.parametrize('change', [{'module': {'name': 'torch.load'}}, {'attack': TINY['attack'] | {'trigger': 'eval'}}, {'noise': '__import__("os").system("true")'},
+@pytest.mark.parametrize('change', [{'module': None}, {'data': None}, {'attack': []}, {'train': {'epoch': 1}}, {'dp': {'max_grad_norms': 1}}, {'module': {'name': 'digits_cnn', 'widht': 3}},
+                                    {'module': {'name': 'torch.load'}}, {'attack': TINY['attack'] | {'trigger': 'eval'}}, {'noise': '__import__("os").system("true")'},
                                     {'data': {'name': '../../etc/passwd'}}, {'train': TINY['train'] | {'lr': 'nan'}}])
 def test_hostile_ensemble_settings(change, tmp_path):
     with pytest.raises(ValueError): compute(TINY | change, tmp_path)
@@ -108,6 +109,24 @@ def test_damaged_shards_are_not_taken(tmp_path, asked):
     small.path(0).write_bytes(small.path(0).read_bytes()[:-1])
     compute(DRILL | {'n_models': 9}, tmp_path)
     assert asked[3:] == [(9, 0), (9, 2)]
+
+
+# ---- two clients --------------------------------------------------------------------------------
+def test_without_locks_the_first_file_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, '_locked', lambda fd: True)
+    first, second = runs.claim(tmp_path / 'a'), runs.claim(tmp_path / 'a')
+    first.commit(b'whole'); second.commit(b'late')
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('a', b'whole')]
+
+
+def test_a_result_from_the_cluster_is_kept_while_another_client_holds_the_shard(tmp_path):
+    asked = runs.open_run(DRILL, tmp_path)
+    runs.prepare(asked)
+    other = runs.claim(asked.path(0))
+    runs.Job(asked, 0).finish({'probabilities': np.ones((3, 5, 2), np.float32)}, {})
+    assert asked.read(0)[0]['probabilities'].shape == (3, 5, 2)
+    other.release()
+    assert [p.name for p in asked.folder.glob('.*')] == []
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -288,6 +307,8 @@ def test_rows_and_pairs(tmp_path, capsys):
     (tmp_path / 'chosen.json').write_text(json.dumps(chosen))
     assert shown('--settings', str(tmp_path / 'chosen.json')) == chosen
     assert len(shown('--table', '1', '2')) > len(shown('--table', '1')) >= 24
+    everything = [json.dumps(s) for s in shown('--table', '1', '4', '9')]
+    assert len(set(everything)) == len(everything)
     for option in ('--rows', '--pairs'):
         assert runs.main(['run', '--table', '1', option, '13']) == 2
         assert f'{option} must be in 1..' in capsys.readouterr().err
@@ -321,3 +342,12 @@ def test_bare_node(tmp_path):
     assert '100%' in done.stderr
     done = subprocess.run([sys.executable, '-c', script, *map(str, args), '--scheduler', 'tcp://127.0.0.1:1', '--store', str(tmp_path / 'b')], capture_output=True, text=True)
     assert done.returncode == 2 and 'pip install "rab-nb[cluster]"' in done.stderr
+
+
+def test_tables_on_a_bare_node(tmp_path):
+    "Without nbdev, papermill, opacus, dask, torchvision or matplotlib, rows of a table can be computed."
+    script = "import sys\nfor m in ('nbdev','papermill','opacus','dask','distributed','matplotlib','torchvision','fastcore'): sys.modules[m] = None\n" \
+             "from rab_nb.runs import main; sys.exit(main(sys.argv[1:]))"
+    args = ['run', '--table', 7, '--rows', 1, '--pairs', 1, '--store', tmp_path, '--jobs', 1, '--device', 'cpu']
+    done = subprocess.run([sys.executable, '-c', script, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0 and 'shards complete' in done.stdout, done.stderr
