@@ -26,7 +26,7 @@ def check_outputs(outputs # (n_models, ...)
 def check_alpha(alpha: float # probability that a bound may fail
                ) -> float: # the same, if 0 < alpha < 1
     "An error probability, or a ValueError."
-    if not (np.isscalar(alpha) and 0 < alpha < 1):
+    if not (np.isscalar(alpha) and not isinstance(alpha, str) and 0 < alpha < 1):
         raise ValueError(f'alpha must lie strictly between 0 and 1, got {alpha!r}: it is the probability that a bound may fail')
     return float(alpha)
 
@@ -112,7 +112,7 @@ def betting(outputs, # (n_models, ...), in [0, 1]; the order of the models must 
     x, alpha = check_outputs(outputs), check_alpha(alpha)
     rows = np.ascontiguousarray(x.reshape(len(x), -1).T)
     blocks = [rows[i:i+64] for i in range(0, len(rows), 64)]
-    side = lambda xs: np.concatenate([betting_lower(b, alpha) for b in xs]).reshape(x.shape[1:])[()]
+    side = lambda xs: np.concatenate([np.zeros(0), *(betting_lower(b, alpha) for b in xs)]).reshape(x.shape[1:])[()]
     return side(blocks), 1 - side([1 - b for b in blocks])
 
 # %% ../nbs/02_bounds.ipynb #96d0a684

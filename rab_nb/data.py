@@ -57,8 +57,10 @@ def check_arrays(x_train, y_train, x_test, y_test, # the four arrays of a `Task`
 # %% ../nbs/10_data.ipynb #aec4333b
 def frozen(a: np.ndarray # any array
           ) -> np.ndarray: # the same values, contiguous and not writable
-    "`a` itself if nobody can write to it, else a read-only copy."
-    a = np.array(a, order='C') if a.flags.writeable else np.ascontiguousarray(a)
+    "`a` itself if nobody can write to it or to what it is a view of, else a read-only copy."
+    owner, writeable = a, False
+    while isinstance(owner, np.ndarray): owner, writeable = owner.base, writeable or owner.flags.writeable
+    a = np.array(a, order='C') if writeable else np.ascontiguousarray(a)
     a.flags.writeable = False
     return a
 
@@ -427,6 +429,7 @@ def read_image(path, # an image file
     try:
         with Image.open(path) as im:
             if im.width * im.height > 10**8: raise ValueError(f'{im.width} x {im.height} pixels; at most 10**8 are allowed')
+            if im.mode[0] in 'IF': raise ValueError(f'its pixels are of mode {im.mode!r}, more than 8 bits each; convert it to 8 bits first')
             return np.asarray(im.convert('RGB').resize((size, size), Image.Resampling.BILINEAR))
     except Exception as e: raise ValueError(f'{path}: not a usable image: {e}') from e
 

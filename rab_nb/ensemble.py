@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'WHOLE', 'EVAL_BLOCK', 'WORTH_WORKERS', 'TrainSpec', 'initia
            'noise_room', 'smoothed_batches', 'loss_per_sample', 'soft', 'adam_steps', 'gradient', 'train', 'one_thread',
            'draw_u', 'answers', 'healthy_hashes', 'train_group', 'check_outputs', 'train_shard', 'check_inputs',
            'check_labels', 'map_groups', 'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'Voter',
-           'finished', 'fingerprint', 'RABClassifier']
+           'finished', 'fingerprint', 'check_scale', 'RABClassifier']
 
 # %% ../nbs/20_ensemble.ipynb #3a011da5
 import copy
@@ -73,6 +73,10 @@ def _check_spec(s):
     if not (isinstance(s.lr, (int, float, np.number)) and 0 < s.lr < math.inf): raise ValueError(f'lr must be a finite number > 0, got {s.lr!r}')
     _one_of('test_noise', s.test_noise, ('hash', 'none'))
     _one_of('precision', s.precision, ('auto', 'float32', 'bf16'))
+    if isinstance(s.random_state, bool) or not isinstance(s.random_state, (int, np.integer)): raise ValueError(f'random_state must be a whole number, as every draw is a function of it; got {s.random_state!r}')
+    if s.dp is not None and not hasattr(s.dp, 'gradient'): raise ValueError(f'dp must make gradients, as DPSGD(5.0, 4.0) does, got {s.dp!r}')
+    try: torch.device('cpu' if s.device == 'auto' else s.device)
+    except (RuntimeError, TypeError): raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:1' ..., got {s.device!r}") from None
     if not callable(s.module): raise ValueError(f'module must be an nn.Module or a function that makes one, got {s.module!r}')
     if not hasattr(s.noise, 'sample'): raise ValueError(f'noise must have sample(shape, generator), as GaussianNoise(1.0) has, got {s.noise!r}')
     for e in s.snapshots: _whole('snapshots', e)
@@ -425,9 +429,11 @@ def check_labels(y, # (n,) labels of any sortable type
     "Sorted classes and each label's number, or ValueError."
     y = np.asarray(y)
     if y.ndim != 1 or len(y) != n: raise ValueError(f'y should be a 1d array with one label for each of the {n} inputs, got shape {y.shape}')
+    if y.dtype.kind in 'SVMm': raise ValueError(f'y must hold numbers, texts or booleans, got dtype {y.dtype}')
     if y.dtype.kind == 'f' and not np.isfinite(y).all(): raise ValueError('y holds NaN or infinite labels')
     if y.dtype.kind in 'fc': check_classification_targets(y)
-    classes, numbers = np.unique(y, return_inverse=True)
+    try: classes, numbers = np.unique(y, return_inverse=True)
+    except TypeError: raise ValueError(f'y mixes labels of several types, which have no order: {sorted({type(v).__name__ for v in y})}') from None
     if len(classes) < 2: raise ValueError(f'y must hold at least two classes, got one class only: {classes.tolist()}')
     return classes, numbers
 
@@ -528,7 +534,7 @@ class _Settings(BaseEstimator):
 
 # %% ../nbs/20_ensemble.ipynb #dc73923e
 class Voter(ClassifierMixin):
-    "Votes and certificates from `model_probabilities`, `classes_` and `noise`."
+    "Votes and certificates from `model_probabilities`, `classes_` and `noise_`."
     def predict_proba(self, X) -> np.ndarray: # (n, C)
         "Average of the models' soft outputs."
         return self.model_probabilities(X).mean(0)
@@ -540,7 +546,7 @@ class Voter(ClassifierMixin):
 
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
         "Certificates at X, see `certificate.certify`; predictions are positions in `classes_`, -1 abstains."
-        return certify(self.model_probabilities(X), self.noise, alpha, bound, votes, **options)
+        return certify(self.model_probabilities(X), self.noise_, alpha, bound, votes, **options)
 
 # %% ../nbs/20_ensemble.ipynb #fc7617ba
 def finished(done: dict, # group number -> result
@@ -562,6 +568,22 @@ def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
     for name, e in x_evals.items(): digest.update(name.encode() + e.tobytes())
     return digest.hexdigest()
 
+# %% ../nbs/20_ensemble.ipynb #a1bd875f
+def check_scale(spec: TrainSpec, x # (n, ...) float32 inputs
+               ) -> None:
+    "ValueError where float32 cannot hold the noise beside the inputs."
+    largest, noise = np.abs(x).max(), float(spec.noise.sample((1000,), generator(0, 'scale')).std())
+    if np.spacing(largest) > noise / 100:
+        raise ValueError(f'inputs as large as {largest:.3g} are {np.spacing(largest):.2g} apart in float32, too far for noise of standard deviation {noise:.3g}: '
+                         'subtract an offset that is fixed in advance, or rescale the features')
+
+# %% ../nbs/20_ensemble.ipynb #bb99cf83
+def _spec(self):
+    names = [f.name for f in fields(TrainSpec) if f.name not in ('n_classes', 'snapshots')]
+    return resolved(TrainSpec(n_classes=len(self.classes_), **{name: getattr(self, name) for name in names}))
+
+def _has_models(self): return all('models' in group for group in self.groups_.values())
+
 # %% ../nbs/20_ensemble.ipynb #813e8792
 class _Fit(Voter, _Settings):
     def fit(self, X, y, # (n, ...) inputs, (n,) labels
@@ -574,18 +596,15 @@ class _Fit(Voter, _Settings):
         self.input_shape_, self.n_features_in_ = X.shape[1:], math.prod(X.shape[1:])
         evals = {name: check_inputs(e, self.input_shape_) for name, e in (eval_sets or {}).items()}
         if not (evals or self.keep_models): raise ValueError('keep_models=False keeps only outputs: give fit some eval_sets')
-        self.spec_ = _spec(self)
-        check_outputs(self.spec_, X)
-        data = fingerprint(self.spec_, X, y, evals)
+        spec = _spec(self)
+        check_scale(spec, X); check_outputs(spec, X)
+        data = fingerprint(spec, X, y, evals)
         if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
         if self.keep_models: self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
         self._data = data
-        train_groups(self.spec_, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs, self.verbose)
+        self.spec_, self.noise_ = spec, spec.noise
+        train_groups(spec, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs, self.verbose)
         return self
-
-def _spec(self):
-    names = [f.name for f in fields(TrainSpec) if f.name not in ('n_classes', 'snapshots')]
-    return resolved(TrainSpec(n_classes=len(self.classes_), **{name: getattr(self, name) for name in names}))
 
 # %% ../nbs/20_ensemble.ipynb #0435018c
 class RABClassifier(_Fit):
@@ -595,7 +614,7 @@ class RABClassifier(_Fit):
         check_is_fitted(self, 'groups_')
         if not self.groups_: raise ValueError('fit was interrupted before the first model was finished')
         if isinstance(X, str): parts = [_stored(g, X) for g in self.groups_.values()]
-        elif self.keep_models: parts = list(answer_groups(self.spec_, self.groups_, check_inputs(X, self.input_shape_)))
+        elif _has_models(self): parts = list(answer_groups(self.spec_, self.groups_, check_inputs(X, self.input_shape_)))
         else: raise ValueError("keep_models=False kept only the outputs at fit's eval_sets; ask for one of them by name")
         order = [p for _, p in sorted(zip(self.groups_, parts), key=lambda gp: gp[0])]
         return np.concatenate(order)[finished(sorted(self.groups_), self.spec_.stack, self.n_estimators)]
@@ -603,7 +622,7 @@ class RABClassifier(_Fit):
     def save(self, path) -> None: # *.safetensors
         "Write the trained models."
         check_is_fitted(self, 'groups_')
-        if not self.keep_models: raise ValueError('keep_models=False kept no models to save')
+        if not _has_models(self): raise ValueError('keep_models=False kept no models to save')
         save_groups(path, self.groups_, _about(self))
 
     @classmethod
@@ -614,7 +633,8 @@ class RABClassifier(_Fit):
 # %% ../nbs/20_ensemble.ipynb #572f1f80
 def _about(self):
     settings = {k: getattr(self.spec_, k) for k in ('epochs', 'batch_size', 'lr', 'random_state', 'test_noise', 'precision', 'stack', 'device')}
-    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise), dp=repr(self.dp), classes=self.classes_.tolist(), input_shape=self.input_shape_)
+    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise_), dp=repr(self.spec_.dp), module=repr(self.spec_.module),
+                classes=self.classes_.tolist(), input_shape=self.input_shape_)
 
 def _load(cls, path, module, dp):
     groups, about = load_groups(path, initial_module(module, 0))
@@ -622,5 +642,7 @@ def _load(cls, path, module, dp):
     self = cls(module, noise_from_repr(about['noise']), dp=dp, **about['settings'])
     if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
     self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
-    self.n_features_in_, self.spec_, self.groups_ = math.prod(self.input_shape_), _spec(self), groups
+    self.n_features_in_, self.spec_ = math.prod(self.input_shape_), _spec(self)
+    if repr(self.spec_.module) != about['module']: raise ValueError(f"the models of {path} are {about['module']}, got {self.spec_.module!r}: give load the module that fit had")
+    self.noise_, self.groups_ = self.spec_.noise, groups
     return self

@@ -623,9 +623,9 @@ def prepare(model, X, y):
     noise, x = GaussianNoise(model.sigma), check_features('X', X)
     n_levels, (classes, number) = check_vote(model.n_neighbors, model.n_levels, len(x)), class_numbers(y, len(x))
     device = torch.device('cpu' if model.device is None else model.device)
-    model._x, model._shift, model._mean, model._norms = centred(x, model.sigma, device)
+    model._x, model._shift, model._mean, model._norms = centred(x, noise.sigma, device)
     model._y, model.n_features_in_ = torch.as_tensor(number, device=device), x.shape[1]
-    model.classes_, model.noise_, model.n_levels_ = classes, noise, n_levels
+    model.classes_, model.noise_, model.n_levels_, model.n_neighbors_ = classes, noise, n_levels, int(model.n_neighbors)
     return model
 
 # %% ../nbs/22_knn.ipynb #3383432e
@@ -652,12 +652,12 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[p.argmax(1)]
     def certify(self, X, distances=None):
         "Certificates without sampling error (alpha = 0); predictions are positions in `classes_`, -1 abstains."
-        return certificate_of(*self.log_proba(X, distances), self.noise_)
+        return certificate_of(*self.log_proba(X, distances), self.noise_, 'exact' if self.n_levels_ is None else 'quantised')
 
 # %% ../nbs/22_knn.ipynb #bcc56fa5
 def law(model, s, tops): # (b, n) distances, (b, C, k) nearest of every class
     "Log probabilities and relative errors by the method that the parameters ask for."
-    k, y, n_classes, d = model.n_neighbors, model._y, len(model.classes_), model.n_features_in_
+    k, y, n_classes, d = model.n_neighbors_, model._y, len(model.classes_), model.n_features_in_
     if model.n_levels_: return quantised(s, y, tops[..., 0], d, model.n_levels_)
     if k == 1: return solve(s, tops, 1, d, lambda s, grid, p: one_nn_integrand(s, y, n_classes, d, grid, p))
     return solve(s, tops, k, d, lambda s, grid, p: knn_integrand(s, y, n_classes, d, k, grid, p))
@@ -665,19 +665,19 @@ def law(model, s, tops): # (b, n) distances, (b, C, k) nearest of every class
 # %% ../nbs/22_knn.ipynb #6f3a980a
 def check_resolution(model, tops):
     "A ValueError where rounding of the distances decides which point is nearest."
-    need, ahead, kth = contest(tops, model.n_neighbors)
+    need, ahead, kth = contest(tops, model.n_neighbors_)
     if ((kth > 1e10) & ((gaps(need, ahead, model.n_features_in_) <= FAR).sum(1) > 1)).any():
-        raise ValueError(f'sigma = {model.sigma} is below the rounding error of distances of {kth.max()*model.sigma:.3g}, so the nearest points are not defined: use a larger sigma')
+        raise ValueError(f'sigma = {model.noise_.sigma} is below the rounding error of distances of {kth.max()*model.noise_.sigma:.3g}, so the nearest points are not defined: use a larger sigma')
 
 # %% ../nbs/22_knn.ipynb #7a431a5c
 def block_law(model, x, given=None): # (b, d) checked test points; (b, n) their distances, if known
     "Log probabilities and relative errors of one block of test points, each (b, C)."
-    t = shared(x).to(model._mean.device, torch.float64).sub(model._mean).div_(model.sigma)
-    s = noiseless_distances(model._x, model._shift, model.sigma, model._norms, t) if given is None else shared(given).to(t.device, torch.float64) / model.sigma
-    tops = nearest_of_classes(s, model._y, len(model.classes_), model.n_neighbors)
+    t = shared(x).to(model._mean.device, torch.float64).sub(model._mean).div_(model.noise_.sigma)
+    s = noiseless_distances(model._x, model._shift, model.noise_.sigma, model._norms, t) if given is None else shared(given).to(t.device, torch.float64) / model.noise_.sigma
+    tops = nearest_of_classes(s, model._y, len(model.classes_), model.n_neighbors_)
     for k in np.flatnonzero(cancels(t, tops.min((1, 2)), model.n_features_in_)):
-        s[k] = direct_distances(model._x, model._shift, model.sigma, t[k])
-        tops[k] = nearest_of_classes(s[k:k+1], model._y, len(model.classes_), model.n_neighbors)
+        s[k] = direct_distances(model._x, model._shift, model.noise_.sigma, t[k])
+        tops[k] = nearest_of_classes(s[k:k+1], model._y, len(model.classes_), model.n_neighbors_)
     check_resolution(model, tops)
     log_p, error = law(model, s, tops)
     return log_p, error + 40*np.finfo(float).eps * tops.min((1, 2))[:, None] * (error > 0)
@@ -712,8 +712,8 @@ def in_blocks(model, X, work, order=None): # test points as the caller has them;
 # %% ../nbs/22_knn.ipynb #319b04de
 def all_distances(model, X) -> np.ndarray: # (n_points, n_train)
     "Distances of all test points before noise."
-    t = lambda x: shared(x).to(model._mean.device, torch.float64).sub(model._mean).div_(model.sigma)
-    found = in_blocks(model, X, lambda rows, x: noiseless_distances(model._x, model._shift, model.sigma, model._norms, t(x)).mul_(model.sigma).cpu().numpy())
+    t = lambda x: shared(x).to(model._mean.device, torch.float64).sub(model._mean).div_(model.noise_.sigma)
+    found = in_blocks(model, X, lambda rows, x: noiseless_distances(model._x, model._shift, model.noise_.sigma, model._norms, t(x)).mul_(model.noise_.sigma).cpu().numpy())
     return np.concatenate(found)
 
 # %% ../nbs/22_knn.ipynb #f402740c
@@ -722,7 +722,10 @@ def all_laws(model, X, distances): # test points; their distances, or None
     check_is_fitted(model)
     if distances is not None and np.shape(distances) != (len(X), len(model._y)):
         raise ValueError(f'distances must have shape {len(X), len(model._y)}, one row for each test point, got {np.shape(distances)}')
-    order = None if distances is None else np.min(distances, 1).argsort(kind='stable')
+    if distances is not None:
+        distances = np.asarray(distances, np.float64)
+        if not (np.isfinite(distances) & (distances >= 0)).all(): raise ValueError('distances must be finite numbers >= 0, as `distances(X)` returns them')
+    order = None if distances is None else distances.min(1).argsort(kind='stable')
     parts = in_blocks(model, X, lambda rows, x: block_law(model, x, None if distances is None else distances[rows]), order)
     back = slice(None) if order is None else order.argsort()
     return tuple(np.concatenate(part)[back] for part in zip(*parts))
@@ -734,9 +737,9 @@ def normalised(log_p) -> np.ndarray: # (n, C)
     return p / p.sum(1, keepdims=True)
 
 # %% ../nbs/22_knn.ipynb #17eb39c2
-def certificate_of(log_p, error, noise): # (n, C) logarithms and relative errors
+def certificate_of(log_p, error, noise, bound='exact'): # (n, C) logarithms and relative errors; 'quantised' for the paper's classifier
     "Certificate from probabilities rounded to the safe side."
     upper, top = np.minimum(log_p + np.log1p(error), 0), log_p.argmax(1)
     others = np.where(np.arange(log_p.shape[1]) == top[:, None], -np.inf, upper)
     log_q_a, log_p_b = np.minimum(log_sum(others), 0), others.max(1)
-    return exact_certificate(top, -np.expm1(log_q_a), np.exp(log_p_b), noise, log_q_a=log_q_a, log_p_b=log_p_b)
+    return exact_certificate(top, -np.expm1(log_q_a), np.exp(log_p_b), noise, log_q_a=log_q_a, log_p_b=log_p_b, bound=bound)

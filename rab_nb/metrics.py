@@ -12,8 +12,11 @@ import numpy as np
 # %% ../nbs/04_metrics.ipynb #ef22814a
 def _predictions(prediction, y=None):
     "Predictions, and labels of the same length if given, as arrays; ValueError otherwise."
+    positions = hasattr(prediction, 'prediction')
     prediction = np.asarray(getattr(prediction, 'prediction', prediction))
     y = prediction if y is None else np.asarray(y)
+    if positions and y is not prediction and not (y.dtype.kind in 'biu' and (y >= 0).all()):
+        raise ValueError(f'a certificate predicts positions in `classes_`, so labels must be whole numbers >= 0: pass classes_.searchsorted(y), got {np.unique(y)[:5].tolist()}')
     if prediction.ndim != 1 or prediction.shape != y.shape or not len(y):
         raise ValueError(f'predictions and labels must be arrays (n_points,) of one length >= 1, got shapes {prediction.shape} and {y.shape}')
     return prediction, y

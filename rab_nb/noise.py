@@ -41,7 +41,7 @@ def rng(seed: int, purpose: str, *index: int # see `stream`
 def set_floats(noise, **values):
     "Store finite floats on a frozen dataclass, or ValueError."
     for name, value in values.items():
-        if not np.isfinite(value): raise ValueError(f'{name} must be a finite number, got {value!r}')
+        if not isinstance(value, (int, float, np.number)) or not np.isfinite(value): raise ValueError(f'{name} must be a finite number, got {value!r}')
         object.__setattr__(noise, name, float(value))
 
 def set_interval(noise, **ends):

@@ -280,7 +280,7 @@ def figure(finished: list, # of Finished
     return fig
 
 # %% ../nbs/32_report.ipynb #dcb64eeb
-MEANING = ('With probability at least 1 - alpha over the noise draws, the smoothed prediction on this test input is the one that the smoothed classifier '
+MEANING = ('With probability at least 1 - alpha over noise draws that the attacker does not know, the smoothed prediction on this test input is the one that the smoothed classifier '
            'trained without the poisoning patterns (labels left as they are) would make, as long as the total norm sqrt(sum_i ||pi_i||^2) is below the radius. '
            'Label flips, insertions, deletions and changes of the test input are not covered.')
 
@@ -431,7 +431,7 @@ def writable(folder: Path # created where it is missing
 # %% ../nbs/32_report.ipynb #970ada86
 def page_of(finished: list, scores, table: TableSpec, profile: dict) -> dict:
     "A table as plain values: texts, lines of cells, cost."
-    cost = dict(seconds=round(sum(f.seconds for f in finished), 1), models=sum(f.n_models for f in finished), machines=sorted({f.machine for f in finished}))
+    cost = dict(seconds=round(sum(f.seconds for f in finished), 1), models=sum(f.n_models for f in finished), machines=sorted({m for f in finished for m in f.machines}))
     return dict(number=table.number, title=table.title, profile=profile['profile'], caption=f'{caption(finished, table, profile)} {privacy_line(finished)}'.strip(), verdict=verdict(scores, table), not_run=pairs_of(finished, table, profile)[1],
                 findings=findings(scores, table), columns=columns_of(table), lines=lines_of(scores, table, statements(table)[0]),
                 honest_columns=['attack', 'pattern norm', 'sigma', '', *HONEST], honest=honest_lines(scores, table),
@@ -610,6 +610,7 @@ def make(number: int, # table, 1-9
     return run_notebook(ROOT / f'nbs/experiments/{which}.ipynb', folder / f'table{number}.ipynb', table=number, profile=str(profile_path(name).resolve()) if str(name).endswith('.yaml') else name, rows=0,
                         folder=f"results/{profile['profile']}", compute=compute, **more)
 
+# %% ../nbs/32_report.ipynb #12498fb6
 def where(name: str, # profile
           numbers: list # tables
          ) -> None:

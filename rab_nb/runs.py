@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import importlib
 import importlib.util
 import json
 import multiprocessing

@@ -227,24 +227,33 @@ def own_parts(module: nn.Module # any
     own = [f'{name or "the module itself"} ({type(m).__name__})' for name, m in module.named_modules() if not type(m).__module__.startswith('torch.')]
     return ', '.join(own) or type(module).__name__
 
-# %% ../nbs/13_stacked.ipynb #18575331
-@torch.no_grad()
-def check_independence(module: nn.Module, x: torch.Tensor # (B, ...) some inputs
-                      ) -> None:
-    "ValueError if folding changes what the module computes."
-    module = copy.deepcopy(module).eval()
-    together, alone = Stack(module, 2, x.device), Stack(module, 1, x.device)
-    if together.mode != 'fold': return
-    x = torch.stack([x, x / 2]).nan_to_num(0., 0., 0.)
-    x = x / x.abs().max().clamp(min=1)
-    expected = torch.cat([alone(x[:1]), alone(x[1:])])
-    try: same = _close(together(x), expected)
-    except Exception as e: raise ValueError(f'cannot stack {own_parts(module)}: {e}; train one model at a time with stack=1') from e
-    if not same: raise ValueError(f'cannot stack {own_parts(module)}: it mixes the samples of a batch; train one model at a time with stack=1')
+# %% ../nbs/13_stacked.ipynb #075c751c
+def _separate(stack, x): # (2, B, ...)
+    "Whether the first model's outputs in training are the same beside other inputs of the second, chance being equal."
+    stack.module.train()
+    def first(x):
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(0)
+            return stack(x)[0]
+    return _close(first(torch.stack([x[0], -x[1]])), first(x))
 
 def _close(a, b):
     scale = float(b.nan_to_num(posinf=0, neginf=0).abs().max())
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+
+# %% ../nbs/13_stacked.ipynb #18575331
+@torch.no_grad()
+def check_independence(module: nn.Module, x: torch.Tensor # (B, ...) some inputs
+                      ) -> None:
+    "ValueError if folding changes what the module computes, or lets one model see another's inputs in training."
+    together, alone = (Stack(copy.deepcopy(module).eval(), m, x.device) for m in (2, 1))
+    if together.mode != 'fold': return
+    x = torch.stack([x, x / 2]).nan_to_num(0., 0., 0.)
+    x = x / x.abs().max().clamp(min=1) + torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    expected = torch.cat([alone(x[:1]), alone(x[1:])])
+    try: same = _close(together(x), expected) and _separate(together, x)
+    except Exception as e: raise ValueError(f'cannot stack {own_parts(module)}: {e}; train one model at a time with stack=1') from e
+    if not same: raise ValueError(f'cannot stack {own_parts(module)}: it mixes the samples of a batch; train one model at a time with stack=1')
 
 # %% ../nbs/13_stacked.ipynb #01a98baf
 def state(stack: Stack # any mode

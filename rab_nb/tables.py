@@ -344,7 +344,7 @@ class Finished:
     training: str # how the classifier was made, for the caption
     n_models: int # smoothed models; 0 where nothing is sampled
     seconds: float # of computing, its share of runs that rows have in common included
-    machine: str # processor or GPU
+    machines: tuple # processors or GPUs that computed it
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
     averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
 
@@ -391,14 +391,14 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, kept: Path | None
     return Finished(row, certificates, task.y_test_triggered, task.y_test,
                     tuple(alone.statistics[name].votes.argmax(1) for name in ('triggered', 'clean')),
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, describe(summary.settings),
-                    both[0].n_models, note['seconds'] + alone.note['seconds'] / len(spec(row.table).sigmas), ', '.join(note['machines']), privacy, both[0].mean)
+                    both[0].n_models, note['seconds'] + alone.note['seconds'] / len(spec(row.table).sigmas), tuple(note['machines']), privacy, both[0].mean)
 
 # %% ../nbs/31_tables.ipynb #1e70c21f
 def stored_certificate(arrays: dict, part: str, sigma: float, n_levels) -> certificate.Certificate | None:
     "An exact certificate from a shard's arrays; None if it is not there."
     key = f'{part}.{label(sigma, n_levels)}'
     if f'{key}.prediction' not in arrays: return None
-    return certificate.exact_certificate(noise=GaussianNoise(sigma), **{field: arrays[f'{key}.{field}'] for field in CERTIFIED})
+    return certificate.exact_certificate(noise=GaussianNoise(sigma), bound='quantised' if n_levels else 'exact', **{field: arrays[f'{key}.{field}'] for field in CERTIFIED})
 
 # %% ../nbs/31_tables.ipynb #b69236ed
 def finished_knn(row: Row, settings: dict, profile: dict, kept=None) -> Finished | None:
@@ -407,10 +407,10 @@ def finished_knn(row: Row, settings: dict, profile: dict, kept=None) -> Finished
     if run.missing(): return None
     (arrays, note), task = run.read(0), runs.poisoned_task(settings['nearest'])
     certificates = {QUANTISED if n else EXACT: tuple(stored_certificate(arrays, part, row.sigma, n) for part in ('triggered', 'clean')) for n in levels}
-    how = f"K = {settings['nearest']['n_neighbors']}, " + (f"quantised to {levels[0]} levels and exact (clean accuracy: exact)" if len(levels) > 1 else 'exact')
+    how = f"K = {settings['nearest']['n_neighbors']}, " + (f"quantised to {levels[0]} levels (radii of a classifier with the same bucket edges) and exact (clean accuracy: exact)" if len(levels) > 1 else 'exact')
     return Finished(row, certificates, task.y_test_triggered, task.y_test, tuple(arrays.get(f'{part}.undefended') for part in ('triggered', 'clean')),
                     (task.nominal_total_norm, task.total_norm), task.name, task.source, how, 0,
-                    note['seconds'] / len(settings['nearest']['sigmas']), note['machine'])
+                    note['seconds'] / len(settings['nearest']['sigmas']), (note['machine'],))
 
 # %% ../nbs/31_tables.ipynb #60235d05
 def kept_in(profile: dict, n_estimators: int = 0) -> Path | None:

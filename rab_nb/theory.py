@@ -359,7 +359,8 @@ def laplace_radius(p_a, p_b, # bounds of the winner's and the runner-up's probab
                    log_q_a=None, log_p_b=None # log(1 - p_a) and log(p_b): exact far out in the tails
                   ): # certified total l1 norm of all patterns together; 0 where nothing is certified
     "scale/2 (ppf(p_a) - ppf(p_b)) of the standard Laplace law."
-    p_a, p_b = check_probability('p_a', p_a), check_probability('p_b', p_b)
+    p_a, p_b, scale = check_probability('p_a', p_a), check_probability('p_b', p_b), np.asarray(scale, float)
+    if not (np.isfinite(scale) & (scale > 0)).all(): raise ValueError(f'scale must be a finite number > 0, got {scale}')
     if log_q_a is not None: log_q_a = check_log_probability('log_q_a', log_q_a)
     if log_p_b is not None: log_p_b = check_log_probability('log_p_b', log_p_b)
     z_a = with_tail(laplace_quantile(p_a, complement(p_a, p_b)), lambda v: -(np.log(2) + v), log_q_a)
