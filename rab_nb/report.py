@@ -354,7 +354,7 @@ def findings(scores, # frame of `with_means`
     a, b = (over_rows(scores, s, r).mean() for s in (first, last))
     hit, still = values(first, 'undefended_attack_success_rate'), values(first, 'attack_success_rate')
     there = [(values(s, 'certified_accuracy_at_attack') > 0).sum() for s in (first, last)]
-    one, other = ('200 levels', 'exact distances') if last == EXACT else ("the paper's statement", 'Clopper-Pearson on votes')
+    one, other = ('the classifier with 200 levels', 'the exact one') if last == EXACT else ("the paper's statement", 'Clopper-Pearson on votes')
     return (f'At a total radius of {r:g}, {one} certifies {a:.1%} of the triggered points correctly, averaged over rows; {other}, {b:.1%}. '
             f'The undefended classifier obeys the trigger on {hit.min():.1%} to {hit.max():.1%} of the points, the smoothed one on {still.min():.1%} to {still.max():.1%}. '
             f'Some points are certified at the total norm of the attack that was really run in {there[0]} of {len(hit)} rows ({one}), or {there[1]} ({other}): what smoothing does against the others is seen, not proven.')
