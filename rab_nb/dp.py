@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'PRV_LIMIT', 'PAPER_SETTINGS', 'ghost', 'direct', 'ghost_is_cheaper', 'linear_rows', 'conv_rows',
            'matrix_parts', 'norm_parts', 'Tap', 'record', 'clip_factors', 'check_finite', 'clipped_sum', 'add_noise',
-           'check_layers', 'opacus_gradient', 'DPSGD', 'gaussian_log_delta', 'gaussian_epsilon', 'poisson_epsilon',
-           'epsilon', 'privacy_spent', 'privacy_table']
+           'check_layers', 'opacus_gradient', 'check_samples', 'DPSGD', 'gaussian_log_delta', 'gaussian_epsilon',
+           'poisson_epsilon', 'epsilon', 'privacy_spent', 'privacy_table']
 
 # %% ../nbs/21_dp.ipynb #d586d37c
 import math
@@ -238,6 +238,23 @@ def _check_settings(dp):
         object.__setattr__(dp, name, float(value))
     if dp.engine not in ('ghost', 'opacus'): raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
 
+# %% ../nbs/21_dp.ipynb #36f56a51
+def check_samples(stack: Stack, # folded
+                  x: torch.Tensor, y: torch.Tensor, loss # as in `record`
+                 ) -> None: # or ValueError; the stack's gradient is overwritten
+    "Compare the unclipped sum of the first rows' gradients with autograd, a row at a time."
+    x, y, each, training = x[:, :3], y[:3], stack.flat.grad, stack.module.training
+    stack.module.eval()
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            clipped_sum(stack, x, y, loss, math.inf)
+            found = each.clone(); each.zero_()
+            for i in range(len(y)): loss(stack(x[:, i:i+1]), y[i:i+1]).sum().backward()
+    except (RuntimeError, TypeError, IndexError) as e: raise ValueError(f'DPSGD cannot follow this network: {e}') from e
+    finally: stack.module.train(training)
+    if not torch.allclose(found, each, rtol=1e-3, atol=1e-4 * float(each.abs().max())):
+        raise ValueError('DPSGD finds other gradients than those of single rows: the network mixes the rows of a batch, or uses weights outside of their layers')
+
 # %% ../nbs/21_dp.ipynb #bed6da8c
 @dataclass(frozen=True)
 class DPSGD:
@@ -265,6 +282,7 @@ class DPSGD:
 # %% ../nbs/21_dp.ipynb #b2be9329
 def _ghost_gradient(dp, stack, x, y, loss, generators, batch_size, models, step):
     check_layers(stack.module)
+    if step == 1: check_samples(stack, x, y, loss)
     clipped_sum(stack, x, y, loss, dp.max_grad_norm, models, step)
     if dp.noise_multiplier: add_noise(stack, dp.noise_multiplier * dp.max_grad_norm, generators)
     stack.flat.grad /= batch_size

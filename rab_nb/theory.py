@@ -222,9 +222,10 @@ def component_cells(pairs, n):
     return factors[0] if len(factors) == 1 else product_cells(factors, 8 * n)
 
 def change_of(fine, coarse): # LevelSets
-    "What twice the cells have changed, the largest within seventeen cells."
+    "What twice the cells have changed, and what levels joined within the tolerance may hide, the largest within seventeen cells."
     from scipy.ndimage import maximum_filter1d
-    return maximum_filter1d(np.abs(fine.cum_q - coarse.least(fine.cum_p)), 17)
+    joined = fine.tolerance * np.append(fine.q, 0.)
+    return maximum_filter1d(np.abs(fine.cum_q - coarse.least(fine.cum_p)) + joined, 17)
 
 def sampled_least(eps, delta, p, n, random_state, batches=16):
     "Least vote by Monte Carlo and four standard errors of it."
