@@ -530,6 +530,7 @@ def beside_paper(scores, # frame of `with_means`
                 ): # the same with columns paper, paper_other_reading and difference
     "Join the paper's numbers to the cells that it reports: its own statement, mean over pairs."
     on = [*KEYS, 'metric', 'radius']
+    scores = scores.astype(dict(pattern_norm=float, sigma=float))
     joined = scores.merge(printed(), 'left', on).merge(printed('last').rename(columns={'paper': 'paper_other_reading'}), 'left', on)
     reported = joined.index.isin(of_statement(joined, statements(table)[0]).index) & (joined.pair == 'mean')
     joined.loc[~reported, ['paper', 'paper_other_reading']] = np.nan
