@@ -605,7 +605,7 @@ def make(number: int, # table, 1-9
     folder = writable(ROOT / 'results' / profile['profile'])
     print(f"Table {number}, profile {profile['profile']}: {table.title}", flush=True)
     if compute: finish(table, profile)
-    if compute and table.model == '1nn': [finish_neighbours(table, profile, k) for k in KS]
+    for k in KS if compute and table.model == '1nn' else (): finish_neighbours(table, profile, k)
     which, more = ('knn', {}) if table.model == '1nn' else ('dnn', {'n_estimators': 0})
     return run_notebook(ROOT / f'nbs/experiments/{which}.ipynb', folder / f'table{number}.ipynb', table=number, profile=str(profile_path(name).resolve()) if str(name).endswith('.yaml') else name, rows=0,
                         folder=f"results/{profile['profile']}", compute=compute, **more)
