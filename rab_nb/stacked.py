@@ -191,8 +191,13 @@ def _tensors(module):
 # %% ../nbs/13_stacked.ipynb #a1c05e05
 def _attributes(module):
     "(owner, name) -> value of the plain attributes of a module's parts."
-    own = {(name or 'the module itself', k): v for name, m in module.named_modules() for k, v in vars(m).items() if k not in vars(nn.Module())}
-    return own | {(name or 'the module itself', 'class'): type(m).__qualname__ for name, m in module.named_modules()}
+    found = {}
+    for name, m in module.named_modules():
+        own = {k: v for k, v in vars(m).items() if k not in _USUAL} | {'class': type(m).__qualname__}
+        found.update({(name or 'the module itself', k): v for k, v in own.items()})
+    return found
+
+_USUAL = frozenset(vars(nn.Module())) # attributes that every module has
 
 def _differ(a, b):
     "Whether two plain values differ; values of other types are taken for equal."
