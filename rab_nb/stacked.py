@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['StackedLinear', 'to_channels', 'to_batch', 'Windows', 'conv_as_product', 'StackedConv2d', 'StackedBatchNorm',
-           'group_normalised', 'StackedGroupNorm', 'stacked_layer', 'fold', 'Stack', 'own_parts', 'check_independence',
-           'state', 'load_state', 'hashes']
+           'group_normalised', 'StackedGroupNorm', 'stacked_layer', 'fold', 'check_alike', 'Stack', 'own_parts',
+           'check_independence', 'state', 'load_state', 'hashes']
 
 # %% ../nbs/13_stacked.ipynb #463d7746
 import copy
 import hashlib
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -171,43 +172,114 @@ def _attach(module, name, tensor, kind):
     getattr(owner, kind)[leaf] = tensor
 
 # %% ../nbs/13_stacked.ipynb #fca11a4f
-def _attach_all(module, named, tensors, kind):
-    "Set every name of a module's tensors."
+def _attach_all(module, original, kind, tensors): # kind: 'parameters' or 'buffers'
+    "Set every parameter or buffer of a module to the tensor that stands for the original's."
     first = {}
-    for name, tensor in named: _attach(module, name, tensors[first.setdefault(tensor, name)], kind)
+    for name, t in getattr(original, f'named_{kind}')(remove_duplicate=False):
+        _attach(module, name, tensors[first.setdefault(id(t), name)], f'_{kind}')
+
+# %% ../nbs/13_stacked.ipynb #a1c05e02
+def _tensors(module):
+    "One line for each parameter and buffer of a module: kind, name, shape, dtype, whether trained, and of whom it is a second name."
+    first = {}
+    for kind in ('parameters', 'buffers'):
+        for name, t in getattr(module, f'named_{kind}')(remove_duplicate=False):
+            same = first.setdefault(id(t), name)
+            yield (f'{kind[:-1]} {name!r} of shape {tuple(t.shape)} and {t.dtype}' + ', frozen' * (kind == 'parameters' and not t.requires_grad)
+                   + f', the same tensor as {same!r}' * (same != name))
+
+# %% ../nbs/13_stacked.ipynb #a1c05e05
+def _attributes(module):
+    "(owner, name) -> value of the plain attributes of a module's parts."
+    found = {}
+    for name, m in module.named_modules():
+        own = {k: v for k, v in vars(m).items() if k not in _USUAL} | {'class': type(m).__qualname__}
+        found.update({(name or 'the module itself', k): v for k, v in own.items()})
+    return found
+
+_USUAL = frozenset(vars(nn.Module())) # attributes that every module has
+
+def _differ(a, b):
+    "Whether two plain values differ; values of other types are taken for equal."
+    if type(a) is not type(b): return True
+    if isinstance(a, torch.Tensor): return a.shape != b.shape or not torch.equal(a, b)
+    if isinstance(a, np.ndarray): return not np.array_equal(a, b)
+    if isinstance(a, (list, tuple)): return len(a) != len(b) or any(map(_differ, a, b))
+    if isinstance(a, dict): return a.keys() != b.keys() or any(_differ(a[k], b[k]) for k in a)
+    return isinstance(a, (bool, int, float, complex, str, bytes)) and a != b
+
+# %% ../nbs/13_stacked.ipynb #a1c05e07
+def check_alike(modules: list # networks that shall become one stack
+               ) -> None:
+    "ValueError if modules differ in more than the values of their parameters and buffers; it names the first difference."
+    one, *others = modules
+    expected, plain = list(_tensors(one)), _attributes(one)
+    for k, other in enumerate(others, 1):
+        found, values = list(_tensors(other)), _attributes(other)
+        different = [f'{b or "nothing"} where model 0 has {a or "nothing"}' for a, b in zip_longest(expected, found) if a != b]
+        if not different and repr(one) != repr(other):
+            different = [f'{b!r} where model 0 has {a!r}' for a, b in zip_longest(repr(one).split('\n'), repr(other).split('\n')) if a != b]
+        if not different:
+            different = [f'another {name!r} in {owner} than model 0' for owner, name in plain | values
+                         if _differ(plain.get((owner, name)), values.get((owner, name)))]
+        if different:
+            raise ValueError(f'the models of a stack must have one architecture, model {k} has {different[0]}; only the values of parameters and buffers may differ')
+
+# %% ../nbs/13_stacked.ipynb #a1c05e0b
+def _modules(module, n_models): # -> list of one module or of M
+    modules = list(module) if isinstance(module, (list, tuple)) else [module]
+    wrong = [m for m in modules if not isinstance(m, nn.Module)]
+    if wrong or not modules: raise ValueError(f'a stack is made of an nn.Module or a list of them, got {wrong[0] if wrong else module!r}')
+    if len(modules) not in (1, n_models) or len(modules) == 1 < n_models and isinstance(module, (list, tuple)):
+        raise ValueError(f'a stack of {n_models} models needs one module or a list of {n_models}, got a list of {len(modules)}')
+    check_alike(modules)
+    return modules
+
+def _values(modules, kind, m): # yields name, (M, ...)
+    one, *others = [dict(getattr(module, f'named_{kind}')()) for module in modules]
+    for name, v in one.items():
+        v = v.detach()
+        yield name, torch.stack([v, *(other[name].detach().to(v.device) for other in others)]) if others else v.expand(m, *v.shape)
 
 # %% ../nbs/13_stacked.ipynb #d42262ec
 def _leaves(stack, start, trained):
     "Parameters with the model axis: views of the flat vector where trained, copies where frozen."
     views, grads = _views(stack.flat, trained, stack.n_models), _views(stack.flat.grad, trained, stack.n_models)
-    for name, value in start.items():
-        if name in views: views[name].copy_(value.expand(views[name].shape))
-        value = views[name] if name in views else value.expand(stack.n_models, *value.shape).clone()
+    for name, value in start:
+        if name in views: views[name].copy_(value)
+        value = views[name] if name in views else value.to(stack.flat.device, copy=True).contiguous()
         leaf = nn.Parameter(value[0] if stack.mode == 'plain' else value, requires_grad=name in views)
         if name in views: leaf.grad = grads[name][0] if stack.mode == 'plain' else grads[name]
         yield name, leaf
 
+def _buffers(stack, modules):
+    "Buffers with the model axis."
+    stacked = _values(modules, 'buffers', stack.n_models)
+    if stack.mode == 'plain': stacked = ((name, b[0]) for name, b in stacked)
+    return {name: b.to(stack.flat.device, copy=True).contiguous() for name, b in stacked}
+
 # %% ../nbs/13_stacked.ipynb #488dd12a
 class Stack:
     "M copies of a module with weights (M, ...) on one flat vector; called on (M, B, ...), it returns (M, B, outputs)."
-    def __init__(self, module: nn.Module, # the network; its parameters are every model's initialisation
-                 n_models: int = 1, # M
+    def __init__(self, module, # nn.Module, whose parameters are every model's initialisation, or a list of M that differ in values only
+                 n_models: int = None, # M; None: 1, or the length of the list
                  device='cpu', # of weights and inputs
                  folded: bool = False # stacked layers even for one model, for code that hooks into them
                 ):
-        self.n_models, self.module, original = n_models, copy.deepcopy(module).to(device), copy.deepcopy(module).to(device)
-        self.unfolded = fold(self.module) if n_models > 1 or folded else None
+        self.n_models = m = n_models or (len(module) if isinstance(module, (list, tuple)) else 1)
+        modules = _modules(module, m)
+        original = copy.deepcopy(modules[0]).to(device)
+        self.module = copy.deepcopy(original)
+        self.unfolded = fold(self.module) if m > 1 or folded else None
         self.mode = 'plain' if self.unfolded is None else 'vmap' if self.unfolded else 'fold'
         if self.mode == 'vmap': self.module = original
-        parameters = dict(original.named_parameters())
-        trained = {k: p.shape for k, p in parameters.items() if p.requires_grad}
-        self.flat = torch.zeros(n_models * sum(s.numel() for s in trained.values()), device=device)
+        trained = {k: p.shape for k, p in original.named_parameters() if p.requires_grad}
+        self.flat = torch.zeros(m * sum(s.numel() for s in trained.values()), device=device)
         self.flat.grad = torch.zeros_like(self.flat)
-        with torch.no_grad(): self.weights = dict(_leaves(self, {k: p.detach() for k, p in parameters.items()}, trained))
-        self.buffers = {k: b if self.mode == 'plain' else b.expand(n_models, *b.shape).clone() for k, b in original.named_buffers()}
+        with torch.no_grad(): self.weights = dict(_leaves(self, _values(modules, 'parameters', m), trained))
+        self.buffers = _buffers(self, modules)
         if self.mode != 'vmap':
-            _attach_all(self.module, original.named_parameters(remove_duplicate=False), self.weights, '_parameters')
-            _attach_all(self.module, original.named_buffers(remove_duplicate=False), self.buffers, '_buffers')
+            for kind in ('parameters', 'buffers'): _attach_all(self.module, original, kind, self.weights if kind == 'parameters' else self.buffers)
 
     def __call__(self, x): return _forward(self, x)
 
