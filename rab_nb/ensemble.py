@@ -37,7 +37,7 @@ from torch.optim.adam import adam
 from tqdm.auto import tqdm
 
 from .certificate import certify
-from .noise import GaussianNoise, generator, noise_from_repr
+from .noise import GaussianNoise, generator, global_stream, noise_from_repr
 from .stacked import Stack, check_independence, hashes, load_state, state
 
 # %% ../nbs/20_ensemble.ipynb #48540230
@@ -113,20 +113,6 @@ def _check_noise(s):
         raise ValueError(f"test_sigma is the scale of noise from a stream: give it with test_noise='stream', or None; "
                          f'got {s.test_sigma!r} with test_noise={s.test_noise!r}')
 
-# %% ../nbs/20_ensemble.ipynb #bfa37232
-@contextmanager
-def _global_stream(seed, purpose, *index, device='cpu'):
-    "torch's global generator of a device on a named stream, and given back as it was."
-    on = torch.device(device)
-    theirs = torch.default_generator
-    if on.type == 'cuda':
-        torch.cuda.init()
-        theirs = torch.cuda.default_generators[torch.cuda.current_device() if on.index is None else on.index]
-    before = theirs.get_state()
-    theirs.set_state(generator(seed, purpose, *index, device=device).get_state())
-    try: yield
-    finally: theirs.set_state(before)
-
 # %% ../nbs/20_ensemble.ipynb #fd31bccd
 def initial_module(module, # nn.Module or a function without arguments
                    random_state: int, # seed of the run
@@ -134,7 +120,7 @@ def initial_module(module, # nn.Module or a function without arguments
                   ) -> nn.Module: # with the initial parameters of model k
     "The network that model k starts from; ValueError if it is none, or has nothing to train."
     if not isinstance(module, nn.Module):
-        with _global_stream(random_state, 'start', k): module = module()
+        with global_stream(random_state, 'start', k): module = module()
     if not isinstance(module, nn.Module):
         raise ValueError(f'the function given as module must return an nn.Module, got {module!r}')
     if not any(p.requires_grad for p in module.parameters()): raise ValueError('module has no trainable parameters')
@@ -170,7 +156,7 @@ def draws_numbers(module: nn.Module, # a network
                  ) -> bool: # whether its output in training depends on chance
     "Whether a pass in training mode takes numbers from torch's global generator."
     net, x = copy.deepcopy(module).train(), torch.zeros(2, *shape)
-    with _global_stream(0, 'layers'), torch.no_grad():
+    with global_stream(0, 'layers'), torch.no_grad():
         before = torch.get_rng_state()
         try: net(x)
         except Exception: return False # `check_outputs` says what is wrong
@@ -297,7 +283,7 @@ def saved_bytes(spec: TrainSpec, # resolved
     def note(t):
         kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
         return t
-    with _global_stream(0, 'layers'), saved_tensors_hooks(note, lambda t: t): out = stack(torch.zeros(m, b, *shape))
+    with global_stream(0, 'layers'), saved_tensors_hooks(note, lambda t: t): out = stack(torch.zeros(m, b, *shape))
     for w in [*stack.weights.values(), *stack.buffers.values()]: kept.pop(w.untyped_storage().data_ptr(), None)
     return np.array([sum(kept.values()), max(kept.values())]) / m
 
@@ -492,45 +478,16 @@ def on_device(device: str # 'cpu', 'cuda:1' ...
 
 # %% ../nbs/20_ensemble.ipynb #81b618e9
 def initial_stack(spec: TrainSpec, models, # resolved; numbers of the models
-                  x: torch.Tensor # (B, ...) some inputs, to try the networks on
+                  x: torch.Tensor # (B, ...) some inputs on the device, to try the networks on
                  ) -> Stack:
     "The models at their starts, side by side; ValueError if they cannot be."
-    numbers = [_starts_at(spec, k) for k in models]
-    first = last = initial_module(spec.module, spec.random_state, numbers[0])
-    if len(numbers) > 1: check_independence(first, x)
-    stack = Stack(first, len(numbers), spec.device, folded=getattr(spec.dp, 'folded', False))
-    if first is spec.module: return stack
-    with torch.no_grad():
-        for j, k in enumerate(numbers):
-            if k != numbers[0]: last = _write_start(stack, j, first, initial_module(spec.module, spec.random_state, k))
-        if last is not first: _check_start(stack, last, x)
-    return stack
-
-def _write_start(stack, j, first, module):
-    kind = lambda net: [repr(net), *((name, tuple(t.shape), t.requires_grad) for name, t in _named(net).items())]
-    if kind(module) != kind(first):
-        raise ValueError(f'the function given as module makes networks of several kinds, {first!r} and {module!r}: '
-                         'they may differ in their numbers only; for others use stack=1')
-    for name, t in state(stack).items(): t[j].copy_(_named(module)[name])
-    return module
-
-def _named(net): return dict([*net.named_parameters(), *net.named_buffers()])
-
-def _check_start(stack, module, x):
-    "Whether the last model of the stack answers as its network does alone."
-    stack.module.eval()
-    alone, beside = copy.deepcopy(module).eval().to(x.device)(x), stack(x.expand(stack.n_models, *x.shape))[-1]
-    if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-4 * float(alone.abs().max()), equal_nan=True):
-        raise ValueError('the function given as module makes networks that differ in more than parameters and buffers: use stack=1')
+    make = partial(initial_module, spec.module, spec.random_state)
+    same = spec.start == 'shared' or isinstance(spec.module, nn.Module)
+    nets = [make(0)] if same else [make(k) for k in models]
+    if len(models) > 1: check_independence(nets[0], x)
+    return Stack(nets[0] if same else nets, len(models), spec.device, folded=getattr(spec.dp, 'folded', False))
 
 # %% ../nbs/20_ensemble.ipynb #6234a3cf
-@contextmanager
-def _layer_stream(spec, purpose, k):
-    "torch's global generators for the layers that draw numbers themselves."
-    with _global_stream(spec.random_state, purpose, k):
-        if not spec.device.startswith('cuda'): yield; return
-        with _global_stream(spec.random_state, purpose, k, device=spec.device): yield
-
 def train(spec: TrainSpec, # resolved
           x, y, # (n, ...) inputs and (n,) labels 0..C-1
           models, # numbers of the models: one whole group
@@ -546,7 +503,7 @@ def train(spec: TrainSpec, # resolved
         slab, targets, epoch_of = smoothed_batches(spec, rows, labels, shape, models)
         step, number = training_step(spec, stack, shape, models, slab, targets), 0
         if _may_record(spec, shape): step = replayed(step, cuda_graph)
-        with _layer_stream(spec, 'layers', models[0]):
+        with global_stream(spec.random_state, 'layers', models[0], device=spec.device):
             for epoch in range(spec.epochs):
                 stack.module.train()
                 for number, index in enumerate(epoch_of(epoch), number + 1): step(index, number)
@@ -597,7 +554,7 @@ def answers(spec: TrainSpec, stack: Stack, models, digests: list, # numbers and 
     rows, shape = to_rows(x), tuple(np.shape(x)[1:])
     u = draw_u(spec, rows.shape[1], models, digests).to(spec.device)
     stack.module.eval()
-    with on_device(spec.device), _layer_stream(spec, 'layers-at-test', models[0]):
+    with on_device(spec.device), global_stream(spec.random_state, 'layers-at-test', models[0], device=spec.device):
         at = (to_inputs(block.to(spec.device) + u, shape) for block in rows.split(eval_block(len(models), rows.shape[1])))
         p = torch.cat([soft(stack(x)) for x in at], 1)
         return torch.where(finite(stack)[:, None, None], p, torch.nan).cpu().numpy()
