@@ -1,11 +1,12 @@
 "Training and voting of the smoothed ensemble, against plain PyTorch loops and against itself"
 import ast
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy import stats
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
@@ -22,8 +24,8 @@ from rab_nb import ensemble, models
 from rab_nb.attacks import OnePixel, poison
 from rab_nb.data import load
 from rab_nb.dp import DPSGD
-from rab_nb.ensemble import RABClassifier, TrainSpec, batches, resolved, train_shard
-from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, generator
+from rab_nb.ensemble import RABClassifier, TrainSpec, resolved, train_shard
+from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, generator, global_stream
 from rab_nb.stacked import check_independence
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +59,13 @@ def plain_loop(net, s, x, y, k):
     z = s.noise.sample(flat.shape, generator(s.random_state, 'train-noise', k))
     data = (flat + z).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).contiguous()
     target, optimiser = torch.from_numpy(np.asarray(y, dtype=np.float32)), torch.optim.Adam(net.parameters(), lr=s.lr)
+    if s.label_noise:
+        flip = torch.rand(len(x), dtype=torch.float64, generator=generator(s.random_state, 'label-noise', k)) < s.label_noise
+        target[flip] = 1 - target[flip]
     for epoch in range(s.epochs):
         net.train()
-        for i in batches(s, k, epoch, len(x)):
+        own = generator(s.random_state, 'batches', 0 if s.start == 'shared' else k, epoch)
+        for i in torch.randperm(len(x), generator=own).split(s.batch_size):
             optimiser.zero_grad()
             F.binary_cross_entropy_with_logits(net(data[i])[:, 0], target[i]).backward()
             optimiser.step()
@@ -76,13 +82,14 @@ def with_batch_norm():
     (models.digits_cnn, (1, 8, 8)), (lambda: models.mlp(64), (1, 8, 8)), (models.photos_cnn, (3, 16, 16)), (models.mnist_cnn, (1, 28, 28)),
     (with_batch_norm, (3, 8, 8)), (lambda: models.small_resnet(norm='group'), (3, 16, 16)),
     (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1)), (1, 8, 8))])
-def test_training_is_that_of_a_plain_loop(make, shape, stack):
+@pytest.mark.parametrize('changes', [{}, dict(start='shared', label_noise=.3)])
+def test_training_is_that_of_a_plain_loop(make, shape, stack, changes):
     rng = np.random.default_rng(0)
     x, y = rng.random((24, *shape), dtype=np.float32), rng.integers(0, 2, 24)
-    s = resolved(spec(module=make, stack=stack, precision='float32', batch_size=8, lr=1e-3))
+    s = resolved(spec(module=make, stack=stack, precision='float32', batch_size=8, lr=1e-3, **changes))
     shard = train_shard(s, x, y, dict(train=x), range(3), keep_models=True)
     for k in range(3):
-        net = plain_loop(ensemble.initial_module(make, 0, k), s, x, y, k)
+        net = plain_loop(ensemble.initial_module(make, 0, 0 if s.start == 'shared' else k), s, x, y, k)
         for name, p in net.state_dict().items():
             assert np.abs(shard['models'][name][k] - p.numpy()).max() < 2e-4, (name, k)
 
@@ -215,7 +222,7 @@ def test_snapshots_are_shorter_trainings():
 def test_noise_kept_and_noise_drawn_again_are_the_same_bits(noise, whole, monkeypatch):
     "Whole draws and one stream per row; the smallest bound holds one batch, and the last batch of an epoch is smaller."
     monkeypatch.setattr(ensemble, 'WHOLE', whole)
-    s, evals = resolved(spec(noise=noise)), dict(test=X[60:70])
+    s, evals = resolved(spec(noise=noise, label_noise=.2)), dict(test=X[60:70])
     kept = train_shard(s, X[:50], Y[:50], evals, range(4))
     need, batch = ensemble.group_bytes(s, 50, (1, 8, 8)), 4 * 4 * 32 * 64
     monkeypatch.setattr(ensemble, 'smoothed_rows', counted := Counted(ensemble.smoothed_rows))
@@ -292,12 +299,23 @@ def test_too_little_memory_names_the_remedies(monkeypatch):
     with pytest.raises(RuntimeError, match='something else'): train_shard(spec(), X[:50], Y[:50], {}, [0])
 
 
-@pytest.mark.parametrize('gigabytes, expected', [(150, 25), (24, 5), (2, 1)])
-def test_automatic_stack_of_a_gpu_follows_its_total_memory(gigabytes, expected, monkeypatch):
-    "Resnet-18 with Adam is 187 MB a model."
+@pytest.mark.parametrize('module, shape, gigabytes, expected', [
+    (models.mnist_cnn, (12_665, 1, 28, 28), 80, 50), (models.preact_resnet, (10_000, 3, 32, 32), 80, 25),
+    (models.preact_resnet, (10_000, 3, 32, 32), 10, 5), (models.mnist_cnn, None, 80, 50), (models.mnist_cnn, None, 1, 5)])
+def test_automatic_stack_of_a_gpu_follows_its_total_memory(module, shape, gigabytes, expected, monkeypatch):
+    "At the batch sizes of the paper; the measured need of 25 preact_resnets is about 20 GB."
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gigabytes * 10**9))
-    assert ensemble.auto_stack(11_690_513, 'cuda') == expected
-    assert ensemble.auto_stack(276_417, 'cuda') == 25
+    s = spec(module=module, device='cuda', batch_size=128 if module is models.mnist_cnn else 64)
+    size = sum(p.numel() for p in module().parameters())
+    assert ensemble.auto_stack(s, size, shape) == expected
+
+
+def test_a_large_network_at_224_pixels_is_not_stacked_on_any_gpu_of_today(monkeypatch):
+    "Its activations decide, not its weights."
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=141 * 10**9))
+    layers = [nn.Conv2d(3, 64, 7, 2, 3), *(layer for _ in range(4) for layer in (nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)))]
+    s = spec(module=lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 1)), device='cuda', batch_size=32)
+    assert ensemble.auto_stack(s, 157_377, (20_000, 3, 224, 224)) in (1, 5) and ensemble.auto_stack(s, 157_377) == 50
 
 
 def test_read_only_arrays_are_copied_in_silence(tmp_path):
@@ -335,7 +353,8 @@ def test_odd_values_are_not_taken_for_mixing(value):
     x[1] = value
     check_independence(models.digits_cnn(), x)
     check_independence(with_batch_norm(), torch.full((4, 3, 8, 8), value))
-    with pytest.raises(ValueError, match='diverged'): train_shard(spec(), np.where(np.arange(50)[:, None, None, None] == 7, np.float32(np.nan), X[:50]), Y[:50], {}, [0])
+    holed = np.where(np.arange(50)[:, None, None, None] == 7, np.float32(np.nan), X[:50])
+    with pytest.raises(ValueError, match='diverged'): train_shard(spec(), holed, Y[:50], {}, [0])
 
 
 def test_save_and_load(tmp_path):
@@ -446,6 +465,352 @@ def test_bad_data():
     with pytest.raises(ValueError, match='diverged'): classifier(lr=1e30).fit(X[:50], Y[:50])
 
 
+class Constant(nn.Module):
+    "An output that does not depend on the input, from a parameter and from a buffer."
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(1))
+        self.register_buffer('b', torch.randn(1))
+
+    def forward(self, x): return (self.a + self.b).expand(len(x), 1)
+
+
+@pytest.mark.parametrize('stack', [1, 3])
+@pytest.mark.parametrize('make', [models.digits_cnn, Constant, lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1))])
+def test_where_models_start(make, stack):
+    "Steps too small to move a weight leave the start: the model's own, that of model 0, or that of the module."
+    def weights(**changes):
+        shard = train_shard(spec(**(dict(module=make, stack=stack, lr=1e-30, epochs=1) | changes)), X[:50], Y[:50], {}, range(4), keep_models=True)
+        return [{name: v[k] for name, v in shard['models'].items()} for k in range(4)]
+
+    def start(k, seed=0):
+        with global_stream(seed, 'start', k): return {k: v.numpy() for k, v in make().state_dict().items()}
+
+    same = lambda a, b: a.keys() == b.keys() and all(np.allclose(a[name], b[name], rtol=0, atol=1e-20) for name in a)
+    assert all(same(w, start(k)) for k, w in enumerate(weights()))
+    assert all(same(w, start(k, 7)) for k, w in enumerate(weights(random_state=7)))
+    assert all(same(w, start(0)) for w in weights(start='shared'))
+    module = make()
+    assert all(same(w, {k: v.numpy() for k, v in module.state_dict().items()}) for w in weights(module=module))
+    assert not same(start(0), start(1))
+
+
+@pytest.mark.parametrize('change', [{}, dict(start='shared'), dict(label_noise=.3), dict(dp=DPSGD(1., .5)), dict(test_sigma=.1), dict(module=models.digits_cnn())])
+def test_a_model_does_not_depend_on_those_beside_it(change):
+    "Up to rounding: the stack decides about the order of sums."
+    evals, base = dict(test=X[200:220]), dict(precision='float32') | change
+    alone = train_shard(spec(stack=1, **base), X[:100], Y[:100], evals, [5, 2])['probabilities']['test']
+    for stack in (2, 3, 6):
+        beside = train_shard(spec(stack=stack, **base), X[:100], Y[:100], evals, [5, 2])['probabilities']['test']
+        assert np.abs(beside - alone).max() < 2e-3 < np.abs(alone[0] - alone[1]).max()
+
+
+def test_model_0_is_the_same_with_shared_and_with_own_starts():
+    own, shared = (train_shard(spec(stack=1, start=start), X[:50], Y[:50], dict(test=X[60:70]), [0, 1]) for start in ('own', 'shared'))
+    assert own['hashes'][0] == shared['hashes'][0] and own['hashes'][1] != shared['hashes'][1]
+
+
+def dropped_out(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 1))
+
+
+class Noisy(nn.Module):
+    "Draws random numbers in training and in evaluation, without a layer that says so."
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 1)
+
+    def forward(self, x): return self.linear(x.flatten(1) + .3 * torch.randn(len(x), 64))
+
+
+@pytest.mark.parametrize('make', [dropped_out, Noisy])
+def test_layers_that_draw_numbers_have_a_stream_for_every_model(make):
+    evals = dict(test=X[200:220])
+    def shard(stack, indices, **changes):
+        torch.rand(len(indices))
+        return train_shard(spec(module=make, stack=stack, **changes), X[:100], Y[:100], evals, indices)
+    whole = shard(1, range(4))
+    for stack in (2, 4, 'auto'):
+        some = shard(stack, [3, 1])
+        assert some['hashes'] == [whole['hashes'][k] for k in (3, 1)]
+        assert np.array_equal(some['probabilities']['test'], whole['probabilities']['test'][[3, 1]])
+    snapshot = shard(4, range(4), epochs=3, snapshots=(2,))
+    assert np.array_equal(snapshot['probabilities']['test@2'], whole['probabilities']['test'])
+    assert snapshot['hashes'] == shard(1, range(4), epochs=3)['hashes']
+    clf = classifier(module=make).fit(X[:100], Y[:100], evals)
+    assert np.array_equal(clf.model_probabilities(X[200:220]), clf.model_probabilities('test'))
+
+
+def test_each_model_has_its_own_labels():
+    "Every other class equally often; an infinite scale of noise would not show it, a copied label would."
+    x, y = digits(10)
+    s = spec(n_classes=10, label_noise=.6)
+    given = torch.stack([ensemble.noisy_labels(s, torch.from_numpy(y), k) for k in range(50)])
+    moved = (given - torch.from_numpy(y)) % 10
+    shares = torch.bincount(moved.flatten(), minlength=10) / moved.numel()
+    assert abs(shares[0] - .4) < .01 and (shares[1:] - .6 / 9).abs().max() < .005
+    assert len({tuple(row) for row in given.tolist()}) == 50
+    agree = (given[0] == given[1]).double().mean()
+    assert abs(agree - (.4**2 + .6**2 / 9)) < .03  # as for independent draws
+    assert torch.equal(given[7], ensemble.noisy_labels(s, torch.from_numpy(y), 7))
+
+
+def test_models_learn_the_labels_that_they_are_given(monkeypatch):
+    "With every label inverted for the odd models they answer the opposite."
+    monkeypatch.setattr(ensemble, 'noisy_labels', lambda s, y, k: 1 - y if k % 2 else y)
+    settings = dict(epochs=6, lr=1e-2, noise=GaussianNoise(.2), test_noise='none')
+    for stack in (1, 4):
+        p = train_shard(spec(stack=stack, **settings), X[:200], Y[:200], dict(test=X[200:]), range(4))['probabilities']['test']
+        right = (p.argmax(2) == Y[200:]).mean(1)
+        assert right[::2].min() > .9 and right[1::2].max() < .1
+
+
+@pytest.mark.parametrize('change, law', [({}, GaussianNoise(.5)), (dict(test_sigma=.2), GaussianNoise(.2)), (dict(noise=UniformNoise(-1., 1.)), UniformNoise(-1., 1.)),
+                                         (dict(noise=LaplaceNoise(1.), test_sigma=2), GaussianNoise(2.)), (dict(test_sigma=0), None), (dict(test_noise='none'), None)])
+def test_what_u_is_drawn_from(change, law):
+    s = spec(**change)
+    u = ensemble.draw_u(s, 300, range(40), ['00'] * 40)[:, 0].numpy().astype(float)
+    if law is None: return np.testing.assert_array_equal(u, 0)
+    cdf = {'GaussianNoise': lambda: stats.norm(0, law.sigma).cdf, 'UniformNoise': lambda: stats.uniform(-1, 2).cdf}[type(law).__name__]()
+    assert stats.kstest(u.ravel(), cdf).pvalue > 1e-3
+    assert np.abs(np.corrcoef(u) - np.eye(40)).max() < .3 and len(np.unique(u[:, 0])) == 40
+    assert np.array_equal(u[3:5], ensemble.draw_u(s, 300, [3, 4], ['aa', 'bb'])[:, 0].numpy())
+
+
+def test_u_of_a_stream_does_not_depend_on_the_trained_model():
+    a, b = (train_shard(spec(stack=1, lr=lr, test_noise=kind), X[:50], Y[:50], {}, [0], keep_models=True) for lr, kind in ((1e-3, 'stream'), (2e-3, 'stream')))
+    assert a['hashes'] != b['hashes']
+    p = [train_shard(spec(stack=1, lr=1e-30, epochs=1, test_noise=kind, module=models.digits_cnn()), X[:50], Y[:50], dict(t=X[60:70]), range(3)) for kind in ('stream', 'none')]
+    assert np.abs(p[0]['probabilities']['t'] - p[1]['probabilities']['t']).max() > 1e-3
+
+
+class Fragile(nn.Module):
+    "Parameters become NaN where the first weight starts above a bound."
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 1)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * torch.where(self.linear.weight[..., :1].mean() > FRAGILE, torch.nan, 1.)
+
+
+FRAGILE = .0
+
+
+@pytest.mark.parametrize('stack', [1, 4])
+def test_models_that_diverged_stay_with_the_worst_answer(stack, monkeypatch):
+    lost = [float(ensemble.initial_module(Fragile, 0, k).linear.weight[0, 0].detach()) > 0 for k in range(12)]
+    assert 2 < sum(lost) < 10 and not all(lost[:4])
+    train, evals = (X[:100], Y[:100]), dict(test=X[200:220])
+    s = spec(module=Fragile, stack=1, lr=1e-12)
+    shard = train_shard(s, *train, evals, range(12))
+    p = shard['probabilities']['test']
+    assert shard['diverged'] == sum(lost) and np.array_equal(np.isnan(p).all((1, 2)), lost) and np.array_equal(np.isnan(p).any((1, 2)), lost)
+    assert train_shard(s, *train, evals, [k for k in range(12) if not lost[k]])['diverged'] == 0
+    first, other = lost.index(True), lost.index(False)
+    assert np.isnan(train_shard(s, *train, evals, [first, other])['probabilities']['test'][0]).all()
+
+
+@pytest.mark.parametrize('n_classes', [2, 3])
+@pytest.mark.parametrize('votes', ['soft', 'hard'])
+@pytest.mark.parametrize('bound', ['hoeffding', 'empirical_bernstein', 'betting', 'clopper_pearson'])
+def test_certificates_hold_whatever_a_lost_model_would_have_said(n_classes, votes, bound):
+    "No completion of the missing answers may certify more, or another class."
+    if bound == 'clopper_pearson' and votes == 'soft': return
+    rng = np.random.default_rng(0)
+    for lost in (1, 20, 150):
+        p = rng.dirichlet([4., 1., .5][:n_classes], (600, 40))
+        p[:, :10] = rng.dirichlet([2., 1.9, .1][:n_classes], (600, 10))
+        at = rng.choice(600, lost, replace=False)
+        holes = p.copy()
+        holes[at] = np.nan
+        with pytest.warns(UserWarning, match=f'{lost} of 600 models have no finite answer'):
+            worst = ensemble.certify_worst(holes, GaussianNoise(1.), bound=bound, votes=votes)
+        for trial in range(n_classes + 3):
+            p[at] = np.eye(n_classes)[trial] if trial < n_classes else rng.dirichlet([1.] * n_classes, (lost, 40))
+            best = ensemble.certify(p, GaussianNoise(1.), bound=bound, votes=votes)
+            sure = worst.prediction >= 0
+            assert (best.prediction[sure] == worst.prediction[sure]).all() and (best.radius[sure] >= worst.radius[sure] - 1e-9).all()
+        if lost == 1: assert (worst.prediction >= 0).any()
+        if bound == 'hoeffding':  # no more is given away than the worst completion takes
+            rival = 1 - np.maximum(worst.prediction, 0) if n_classes == 2 else None
+            if rival is not None:
+                p[at] = np.eye(2)[rival]
+                np.testing.assert_allclose(ensemble.certify(p, GaussianNoise(1.), bound=bound, votes=votes).radius[sure], worst.radius[sure], atol=1e-12)
+
+
+def test_a_classifier_with_lost_models(tmp_path):
+    p = probabilities(clf := classifier(n_estimators=30, epochs=6, lr=1e-2))
+    for g in (1, 3): clf.groups_[g]['models']['0.weight'][2] = np.nan
+    holes = clf.model_probabilities(X[200:220])
+    assert np.isnan(holes[[6, 14]]).all() and np.isnan(holes).sum() == 2 * 20 * 2
+    healthy = [k for k in range(30) if k not in (6, 14)]
+    assert np.array_equal(holes[healthy], p[healthy])
+    np.testing.assert_allclose(clf.predict_proba(X[200:220]), p[healthy].mean(0), atol=1e-6)
+    assert np.array_equal(clf.predict(X[200:220]), p[healthy].mean(0).argmax(1))
+    with pytest.warns(UserWarning, match='2 of 30 models'): certificate = clf.certify(X[200:220])
+    whole = ensemble.certify(p, clf.noise_)
+    assert (certificate.p_a <= whole.p_a + 1e-6).all() and certificate.n_models == 30
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert np.isfinite(clf.predict_proba(np.full((1, 1, 8, 8), 3e38))).all()
+
+
+def test_all_models_diverge():
+    for stack in (1, 4):
+        with pytest.raises(ValueError, match='diverged for all of the first .* smaller lr than 1e'): classifier(lr=1e30, stack=stack).fit(X[:50], Y[:50])
+        with pytest.raises(ValueError, match='diverged'): train_shard(spec(lr=1e30, stack=stack), X[:50], Y[:50], {}, range(4))
+        late = train_shard(spec(lr=1e30, stack=stack), X[:50], Y[:50], dict(t=X[60:70]), range(4, 8))
+        assert late['diverged'] == 4 and np.isnan(late['probabilities']['t']).all() and len(late['hashes']) == 4
+
+
+NETWORKS = [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)), (models.small_resnet, (3, 32, 32)), (lambda: models.small_resnet(norm='group'), (3, 32, 32)),
+            (models.preact_resnet, (3, 32, 32)), (lambda: models.mlp(64), (1, 8, 8))]
+
+
+@pytest.mark.parametrize('make, shape', NETWORKS)
+@pytest.mark.parametrize('stack', [1, 3])
+def test_a_step_asks_the_device_for_no_number(make, shape, stack):
+    "On the device `meta` there are none."
+    s = spec(module=make, device='meta', precision='float32')
+    net, d = ensemble.Stack(make(), stack, 'meta'), int(np.prod(shape))
+    slab, targets = torch.zeros(stack * 20, d, device='meta'), torch.zeros(stack * 20, dtype=torch.int64, device='meta')
+    step = ensemble.training_step(s, net, shape, range(stack), slab, targets)
+    for b in (5, 2): step(torch.zeros(stack * b, dtype=torch.int64, device='meta'), 1)
+    with pytest.raises((RuntimeError, NotImplementedError)): net.flat.sum().item()
+
+
+@pytest.mark.parametrize('how', ['kept', 'refused'])
+@pytest.mark.parametrize('change', [{}, dict(label_noise=.2), dict(max_memory=True)])
+def test_recorded_steps_are_the_steps(how, change, monkeypatch):
+    "A recording that does again what it has seen, on the tensors that it has seen; and one that fails."
+    made = []
+    def record(function):
+        made.append(function)
+        if how == 'refused': raise RuntimeError('operation not permitted when stream is capturing')
+        return function
+    if 'max_memory' in change: change = dict(max_memory=ensemble.group_bytes(resolved(spec()), 100, (1, 8, 8)) + 4 * 4 * 32 * 64)
+    s = resolved(spec(epochs=4, **change))
+    plain = train_shard(s, X[:100], Y[:100], {}, range(4))['hashes']
+    monkeypatch.setattr(ensemble, '_may_record', lambda *args: True)
+    monkeypatch.setattr(ensemble, 'cuda_graph', record)
+    assert train_shard(s, X[:100], Y[:100], {}, range(4))['hashes'] == plain
+    assert len(made) == 2  # 32 rows, and the last 4
+
+
+def flags():
+    b = torch.backends
+    parts = [b.cuda.matmul, *(getattr(o, n, None) for o in (b.cudnn, b.mkldnn) for n in ('conv', 'rnn', 'matmul'))]
+    return [getattr(p, 'fp32_precision', None) for p in parts] + [b.cudnn.deterministic, b.cudnn.benchmark]
+
+
+@pytest.mark.parametrize('change', [
+    "torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.benchmark = True",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'", "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", 'pass'])
+def test_float32_is_float32_and_the_flags_come_back(change):
+    "In a process of its own: torch refuses some mixtures of its two interfaces for good."
+    code = f"""
+from test_ensemble import *
+before = train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes']
+{change}
+theirs, seen, real = flags(), [], ensemble.gradient
+def watched(*args):
+    seen.append((flags(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    return real(*args)
+ensemble.gradient = watched
+assert train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes'] == before
+assert flags() == theirs, (flags(), theirs)
+assert all(v in ('ieee', None) for v in seen[0][0][:-2]) and seen[0][0][-2:] == [True, False] and seen[0][1:] == ('highest', False, False), seen[0]
+try:
+    with ensemble.exact_float32(): raise KeyError
+except KeyError: pass
+assert flags() == theirs
+"""
+    run = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    if 'has no attribute' in run.stderr and 'fp32_precision' in change: pytest.skip('this version of torch has one interface only')
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_making_modules_leaves_the_callers_generators_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    clf = classifier(module=dropped_out, n_estimators=4).fit(X[:50], Y[:50])
+    clf.predict(X[:3])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_networks_of_several_kinds_are_not_stacked():
+    widths = iter([8, 8, 8, 16, 8, 8, 8, 16] * 20)
+    with pytest.raises(ValueError, match='one architecture'): train_shard(spec(module=lambda: models.digits_cnn(width=next(widths)), stack=4), X[:50], Y[:50], {}, range(4))
+
+
+@dataclass(frozen=True)
+class LaterSpec(TrainSpec):
+    option: str = 'as before'
+
+
+def test_a_new_option_renames_no_run():
+    later = LaterSpec(**(dict(module=models.digits_cnn, noise=GaussianNoise(.5)) | SETTINGS))
+    assert ensemble.identity(later) == ensemble.identity(spec())
+    assert ensemble.identity(replace(later, option='other')) != ensemble.identity(later)
+    assert ensemble.identity(spec())['engine'] == ensemble.ENGINE
+    assert 'start' not in ensemble.identity(spec()) and ensemble.identity(spec(start='shared'))['start'] == 'shared'
+    names = [ensemble.identity(spec(**c)) for c in ({}, dict(start='shared'), dict(test_noise='hash'), dict(test_noise='none'), dict(test_sigma=.1), dict(test_sigma=0.),
+                                                    dict(label_noise=.1), dict(random_state=1), dict(lr=1e-4), dict(noise=GaussianNoise(1.)), dict(dp=DPSGD(1., 1.)), dict(module=models.mnist_cnn))]
+    assert len({json.dumps(name, sort_keys=True) for name in names}) == len(names)
+    for c in (dict(stack=7), dict(precision='bf16'), dict(max_memory=10**9)): assert ensemble.identity(spec(**c)) == ensemble.identity(spec())
+    assert ensemble.identity(spec(epochs=np.int64(2), lr=np.float64(3e-3))) == ensemble.identity(spec())
+    assert ensemble.machine(spec(precision='float32')) == dict(device='cpu', precision='float32', stack=4)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(start='mine'), 'start'), (dict(test_noise='random'), 'test_noise'), (dict(test_sigma=-1.), 'test_sigma'), (dict(test_sigma=float('nan')), 'test_sigma'), (dict(test_sigma=True), 'test_sigma'),
+    (dict(test_sigma='1'), 'test_sigma'), (dict(test_sigma=.1, test_noise='hash'), "test_noise='stream'"), (dict(test_sigma=0., test_noise='none'), "test_noise='stream'"),
+    (dict(label_noise=.5), r'label_noise must be a finite number in \[0, 0.5\)'), (dict(label_noise=-.1), 'label_noise'), (dict(label_noise=None), 'label_noise'), (dict(label_noise=float('inf')), 'label_noise'),
+    (dict(label_noise=1 + 0j), 'label_noise')])
+def test_bad_noise_settings(change, message):
+    with pytest.raises(ValueError, match=message): spec(**change)
+    with pytest.raises(ValueError, match=message): classifier(**change).fit(X[:50], Y[:50])
+
+
+def test_label_noise_may_be_larger_with_more_classes():
+    assert spec(n_classes=3, label_noise=.66).label_noise == .66
+    with pytest.raises(ValueError, match=r'in \[0, 0.6667\)'): spec(n_classes=3, label_noise=2 / 3)
+
+
+def test_a_saved_classifier_keeps_its_noise(tmp_path):
+    settings = dict(start='shared', label_noise=.1, test_sigma=.3, random_state=5, n_estimators=6)
+    clf = classifier(**settings)
+    p = probabilities(clf)
+    clf.save(tmp_path / 'a.safetensors')
+    back = RABClassifier.load(tmp_path / 'a.safetensors', models.digits_cnn)
+    assert {k: getattr(back, k) for k in settings} == settings
+    assert np.array_equal(back.model_probabilities(X[200:220]), p)
+
+
+class Shuffled(nn.Module):
+    "Its plain attribute is drawn with its parameters."
+    def __init__(self):
+        super().__init__()
+        self.order, self.linear = torch.randperm(64), nn.Linear(64, 1)
+
+    def forward(self, x): return self.linear(x.flatten(1)[:, self.order])
+
+
+def test_plain_attributes_follow_their_model(tmp_path):
+    clf = classifier(module=Shuffled, stack=1, n_estimators=3)
+    p = probabilities(clf, eval_sets=dict(test=X[200:220]))
+    assert np.array_equal(clf.model_probabilities('test'), p)
+    clf.save(tmp_path / 'a.safetensors')
+    assert np.array_equal(RABClassifier.load(tmp_path / 'a.safetensors', Shuffled).model_probabilities(X[200:220]), p)
+    with pytest.raises(ValueError, match='order'): probabilities(classifier(module=Shuffled, stack=3))
+
+
+def test_functions_of_any_kind_go_to_workers():
+    width = 5
+    one, two = (probabilities(classifier(module=lambda: models.digits_cnn(width=width), n_jobs=n)) for n in (1, 2))
+    assert np.array_equal(one, two)
+
+
 class WholeBatch:
     "The hook's protocol with neither clipping nor noise: the plain gradient."
     folded = True
@@ -504,27 +869,49 @@ def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp, whole_rows, m
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_cuda_steps_do_not_wait_for_the_device():
-    s = resolved(spec(device='cuda', epochs=1))
-    ensemble.train(s, X[:100], Y[:100], range(4))
-    torch.cuda.set_sync_debug_mode('error')
-    try: smoothed = ensemble.smoothed_batches(s, ensemble.to_rows(X[:100]).cuda(), (1, 8, 8), range(4))
-    finally: torch.cuda.set_sync_debug_mode('default')
-    stack, y = ensemble.Stack(s.module, 4, 'cuda'), torch.zeros(100, dtype=torch.int64, device='cuda')
-    for step, (i, z) in enumerate(smoothed(batches(s, 0, 100))):
-        torch.cuda.set_sync_debug_mode('error')
-        try: ensemble.gradient(s, stack, ensemble.to_inputs(z, (1, 8, 8)), y[i], range(4), step)
-        finally: torch.cuda.set_sync_debug_mode('default')
+@pytest.mark.parametrize('whole', [True, False])
+def test_cuda_steps_do_not_wait_for_the_device(whole, monkeypatch):
+    "Neither the first of them, nor those that are replayed; with rows that are kept, and with rows drawn again."
+    waits, real = [], ensemble.training_step
+
+    def watched(*args):
+        step = real(*args)
+        def run(index, number):
+            torch.cuda.set_sync_debug_mode('error')
+            try: step(index, number)
+            finally: torch.cuda.set_sync_debug_mode('default')
+            waits.append(number)
+        return run
+
+    monkeypatch.setattr(ensemble, 'training_step', watched)
+    s = resolved(spec(device='cuda', epochs=4))
+    bound = None if whole else ensemble.group_bytes(s, 100, (1, 8, 8)) + 4 * 4 * 32 * 64
+    ensemble.train(replace(s, max_memory=bound), X[:100], Y[:100], range(4))
+    assert waits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('make, shape', [(models.mnist_cnn, (1, 28, 28)), (with_batch_norm, (3, 8, 8))])
+@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+def test_cuda_graphs_are_recorded_and_change_no_bit(make, shape, precision, monkeypatch):
+    rng, kept, real = np.random.default_rng(0), [], ensemble.cuda_graph
+    x, y = rng.random((40, *shape), dtype=np.float32), rng.integers(0, 2, 40)
+    s = resolved(spec(module=make, device='cuda', precision=precision, epochs=6))
+    monkeypatch.setattr(ensemble, 'cuda_graph', lambda f: kept.append(real(f)) or kept[-1])
+    replayed = ensemble.hashes(ensemble.state(ensemble.train(s, x, y, range(4))))
+    assert len(kept) == 2  # 32 rows and 8 rows
+    monkeypatch.setattr(ensemble, '_may_record', lambda *args: False)
+    assert ensemble.hashes(ensemble.state(ensemble.train(s, x, y, range(4)))) == replayed
 
 
 @pytest.mark.slow
 @pytest.mark.skipif('RAB_DATA' not in os.environ, reason='needs the real MNIST in RAB_DATA')
 def test_mnist_one_pixel_has_the_p_a_that_an_independent_computation_found():
-    "0.805, over several seeds: the batch order that a seed's models share moves all of them by about 0.035."
+    ".80, whatever the seed: ten models of each of two have a standard error of .016."
     task = poison(load('mnist', (0, 1)), OnePixel(1.), .1)
     def p_a(seed):
-        clf = RABClassifier(models.mnist_cnn, GaussianNoise(1.), n_estimators=3, epochs=2, random_state=seed, keep_models=False, device='cpu')
+        clf = RABClassifier(models.mnist_cnn, GaussianNoise(1.), n_estimators=10, epochs=2, random_state=seed, keep_models=False, device='cpu')
         p = clf.fit(task.x_train, task.y_train, dict(triggered=task.x_test_triggered)).model_probabilities('triggered')
-        assert p.shape == (3, 1135, 2)
+        assert p.shape == (10, 1135, 2)
         return p[..., 1].mean()
-    assert abs(np.mean([p_a(seed) for seed in range(4)]) - .805) < .05
+    assert abs(np.mean([p_a(seed) for seed in range(2)]) - .80) < .05
