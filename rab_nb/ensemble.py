@@ -8,9 +8,10 @@ __all__ = ['SMALL', 'STACKS', 'ENGINE', 'WHOLE', 'EAGER_STEPS', 'M_TRIM_THRESHOL
            'identity', 'machine', 'to_rows', 'to_inputs', 'draw_noise', 'smoothed_rows', 'noisy_labels', 'batches',
            'saved_bytes', 'group_bytes', 'eval_block', 'noise_room', 'smoothed_batches', 'loss_per_sample', 'soft',
            'adam_steps', 'gradient', 'training_step', 'replayed', 'cuda_graph', 'exact_float32', 'on_device',
-           'initial_stack', 'train', 'one_thread', 'draw_u', 'finite', 'answers', 'train_group', 'check_outputs',
-           'train_shard', 'check_inputs', 'check_labels', 'map_groups', 'train_groups', 'answer_groups', 'save_groups',
-           'load_groups', 'certify_worst', 'Voter', 'finished', 'fingerprint', 'check_scale', 'RABClassifier']
+           'initial_stack', 'train', 'one_thread', 'draw_u', 'u_law', 'finite', 'answers', 'train_group',
+           'check_outputs', 'train_shard', 'check_inputs', 'check_labels', 'map_groups', 'train_groups',
+           'answer_groups', 'save_groups', 'load_groups', 'certify_worst', 'Voter', 'finished', 'fingerprint',
+           'check_scale', 'RABClassifier']
 
 # %% ../nbs/20_ensemble.ipynb #3a011da5
 import copy
@@ -24,7 +25,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,23 +46,23 @@ from .stacked import Stack, check_independence, hashes, load_state, state
 @dataclass(frozen=True)
 class TrainSpec:
     "All that the trained models depend on, besides the data; ValueError where a setting cannot work."
-    module: object # a function that makes a network, called for every model; or an nn.Module, whose parameters every model starts from
+    module: object # function that makes a network, called for every model; or an nn.Module, the start of all models
     noise: object # smoothing noise: anything with sample(shape, generator)
     n_classes: int = 2
     epochs: int = 2
     batch_size: int = 128
     lr: float = 1e-3 # step size of Adam
-    label_noise: float = 0. # probability, < 1 - 1/n_classes, that a training label is replaced by one of the others
-    start: str = 'own' # 'own': initialisation and batches of model k from its own streams; 'shared': all have those of model 0
-    test_noise: str = 'stream' # u of model k: 'stream' from its own stream, 'hash' from the hash of f_k, 'none' for u = 0
-    test_sigma: float = None # None: u has the law of the noise; else N(0, test_sigma^2), in the units of the features
+    label_noise: float = 0. # probability that a training label is replaced by another one, < 1 - 1/n_classes
+    start: str = 'own' # 'own': model k has a start and batches of its own; 'shared': all have those of model 0
+    test_noise: str = 'stream' # u of model k: from its 'stream', from the 'hash' of f_k, or 'none' for u = 0
+    test_sigma: float = None # None: u has the law of the noise; else N(0, test_sigma^2), in units of the features
     random_state: int = 0
     precision: str = 'auto' # 'float32', 'bf16' or 'auto'; evaluation is always float32
     stack: object = 'auto' # models trained side by side, >= 1, or 'auto'
     device: str = 'auto' # 'cpu', 'cuda', 'cuda:1' ... or 'auto'
     dp: object = None # makes private gradients, see "A hook for private gradients"
     snapshots: tuple = () # also evaluate after these epochs
-    max_memory: int = field(default=None, repr=False, compare=False) # bytes for one group; does not change the results
+    max_memory: int = field(default=None, repr=False, compare=False) # bytes for one group; changes no result
 
     def __post_init__(self): _check_spec(self)
 
@@ -88,7 +89,8 @@ def _check_spec(s):
     _one_of('start', s.start, ('own', 'shared'))
     _one_of('precision', s.precision, ('auto', 'float32', 'bf16'))
     if isinstance(s.random_state, bool) or not isinstance(s.random_state, (int, np.integer)):
-        raise ValueError(f'random_state must be a whole number, as every draw is a function of it; got {s.random_state!r}')
+        raise ValueError('random_state must be a whole number, as every draw is a function of it; '
+                         f'got {s.random_state!r}')
     if s.dp is not None and not hasattr(s.dp, 'gradient'):
         raise ValueError(f'dp must make gradients, as DPSGD(5.0, 4.0) does, got {s.dp!r}')
     try: torch.device('cpu' if s.device == 'auto' else s.device)
@@ -104,16 +106,17 @@ def _check_spec(s):
 # %% ../nbs/20_ensemble.ipynb #5a35f737
 def _check_noise(s):
     if not hasattr(s.noise, 'sample'):
-        raise ValueError(f'noise must have sample(shape, generator), as GaussianNoise(1.0) has, got {s.noise!r}')
+        raise ValueError('noise must have sample(shape, generator), as GaussianNoise(1.0) has, '
+                         f'got {s.noise!r}')
     c = s.n_classes
-    _real('label_noise', s.label_noise, f'in [0, {1 - 1 / c:.4g}), so that the true label stays the likeliest',
-          lambda v: 0 <= v * c < c - 1)
+    allowed = f'in [0, {1 - 1 / c:.4g}), so that the true label stays the likeliest'
+    _real('label_noise', s.label_noise, allowed, lambda v: 0 <= v * c < c - 1)
     _one_of('test_noise', s.test_noise, ('stream', 'hash', 'none'))
     if s.test_sigma is None: return
     _real('test_sigma', s.test_sigma, '>= 0', lambda v: v >= 0)
     if s.test_noise != 'stream':
-        raise ValueError(f"test_sigma is the scale of noise from a stream: give it with test_noise='stream', or None; "
-                         f'got {s.test_sigma!r} with test_noise={s.test_noise!r}')
+        raise ValueError("test_sigma is the scale of noise from a stream: give it with test_noise='stream', "
+                         f'or None; got {s.test_sigma!r} with test_noise={s.test_noise!r}')
 
 # %% ../nbs/20_ensemble.ipynb #fd31bccd
 def initial_module(module, # nn.Module or a function without arguments
@@ -125,7 +128,8 @@ def initial_module(module, # nn.Module or a function without arguments
         with global_stream(random_state, 'start', k): module = module()
     if not isinstance(module, nn.Module):
         raise ValueError(f'the function given as module must return an nn.Module, got {module!r}')
-    if not any(p.requires_grad for p in module.parameters()): raise ValueError('module has no trainable parameters')
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError('module has no trainable parameters')
     return module
 
 def _starts_at(spec, k): return 0 if spec.start == 'shared' else k
@@ -184,10 +188,11 @@ _MACHINE = 'precision', 'stack', 'device', 'max_memory'
 
 def identity(spec: TrainSpec # any
             ) -> dict: # plain values, equal for equal runs
-    "What a run's results depend on, besides the data and up to rounding: settings at their defaults are left out."
+    "What a run's results depend on besides the data, up to rounding: only settings that are not at their defaults."
     module = initial_module(spec.module, spec.random_state)
     start = hashes({k: v[None] for k, v in module.state_dict().items()})[0]
-    name = dict(engine=ENGINE, module=hashlib.sha256(f'{module!r} {start}'.encode()).hexdigest(), noise=repr(spec.noise))
+    name = dict(engine=ENGINE, noise=repr(spec.noise))
+    name['module'] = hashlib.sha256(f'{module!r} {start}'.encode()).hexdigest()
     for f in fields(spec):
         value = getattr(spec, f.name)
         if f.name not in ('module', 'noise', *_MACHINE) and value != f.default: name[f.name] = _plain(value)
@@ -205,7 +210,8 @@ def machine(spec: TrainSpec, # any
     "What rounds a run's results."
     spec = resolved(spec, shape)
     found = {name: getattr(spec, name) for name in ('device', 'precision', 'stack')}
-    return found | (dict(gpu=torch.cuda.get_device_name(spec.device)) if spec.device.startswith('cuda') else {})
+    if spec.device.startswith('cuda'): found['gpu'] = torch.cuda.get_device_name(spec.device)
+    return found
 
 # %% ../nbs/20_ensemble.ipynb #b72bbd52
 def to_rows(x # (n, ...) array, any numeric type
@@ -230,7 +236,8 @@ def draw_noise(spec: TrainSpec, rows: torch.Tensor, # (n, d) training inputs on 
                k: int, i=None # number of the model; (B,) row numbers, None: all
               ) -> torch.Tensor: # (B, d)
     "z of some rows of model k."
-    draw = lambda shape, *index: spec.noise.sample(shape, generator(spec.random_state, 'train-noise', *index, device=rows.device))
+    def draw(shape, *index):
+        return spec.noise.sample(shape, generator(spec.random_state, 'train-noise', *index, device=rows.device))
     n, d = rows.shape
     if d <= WHOLE: return draw((n, d), k) if i is None else draw((n, d), k)[i]
     return torch.stack([draw((d,), k, j) for j in (range(n) if i is None else i.tolist())])
@@ -285,8 +292,10 @@ def saved_bytes(spec: TrainSpec, # resolved
     def note(t):
         kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
         return t
-    with global_stream(0, 'layers'), saved_tensors_hooks(note, lambda t: t): out = stack(torch.zeros(m, b, *shape))
-    for w in [*stack.weights.values(), *stack.buffers.values()]: kept.pop(w.untyped_storage().data_ptr(), None)
+    with global_stream(0, 'layers'), saved_tensors_hooks(note, lambda t: t):
+        out = stack(torch.zeros(m, b, *shape))
+    for w in [*stack.weights.values(), *stack.buffers.values()]:
+        kept.pop(w.untyped_storage().data_ptr(), None)
     return np.array([sum(kept.values()), max(kept.values())]) / m
 
 # %% ../nbs/20_ensemble.ipynb #ef9253a3
@@ -301,7 +310,8 @@ def group_bytes(spec: TrainSpec, # resolved
     training = (3 if spec.dp else 1) * total + 2 * largest
     inputs = 4 * math.prod(shape)
     evaluation = eval_block(spec.stack, math.prod(shape)) * (2 * inputs + 2 * slope[1])
-    return int(2 * n * inputs + spec.stack * (weights + max(training + 2 * spec.batch_size * inputs, evaluation)))
+    busiest = max(training + 2 * spec.batch_size * inputs, evaluation)
+    return int(2 * n * inputs + spec.stack * (weights + busiest))
 
 def eval_block(m: int, d: int # models side by side, numbers of one input
               ) -> int: # points
@@ -319,24 +329,27 @@ def noise_room(spec: TrainSpec, # resolved
     batch = 4 * m * min(spec.batch_size, len(rows)) * rows.shape[1]
     if need + batch <= spec.max_memory: return spec.max_memory - need
     one = group_bytes(replace(spec, stack=1), len(rows), shape) + batch // m
-    raise ValueError(f'{m} models side by side take about {need + batch:,} bytes, one takes {one:,}: '
-                     f'more than max_memory = {spec.max_memory:,}; allow more, or give a smaller stack or batch_size')
+    raise ValueError(f'{m} models side by side take about {need + batch:,} bytes, one takes {one:,}: more than '
+                     f'max_memory = {spec.max_memory:,}; allow more, or give a smaller stack or batch_size')
 
 def _free_bytes(device): # of a GPU: what is free, and what torch holds without using it
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
 # %% ../nbs/20_ensemble.ipynb #286f6cd8
-def smoothed_batches(spec: TrainSpec, rows: torch.Tensor, labels: torch.Tensor, # (n, d) and (M, n), on the device
-                     shape: tuple, models # as in `noise_room`; numbers of the models
-                    ) -> tuple: # (M*h, d) smoothed rows; (M*h,) their labels; epoch -> iterator over (M*B,) positions
-    "The smoothed training sets of some models, within the memory there is."
+def smoothed_batches(spec: TrainSpec, # resolved
+                     rows: torch.Tensor, labels: torch.Tensor, # (n, d) and (M, n), on the device
+                     shape: tuple, models # of one input; numbers of the models
+                    ) -> tuple: # rows (M*h, d); their labels (M*h,); epoch -> iterator over positions (M*B,)
+    "The smoothed training sets of some models, within the memory there is: h rows of each at a time."
     m, (n, d) = len(models), rows.shape
     fits = noise_room(spec, rows, shape, m) // (4 * d * m)
-    held = n if n <= fits else max(1, fits // spec.batch_size) * spec.batch_size # rows per model that are there at once
+    held = n if n <= fits else max(1, fits // spec.batch_size) * spec.batch_size
     slab, targets = rows.new_empty(m, held, d), labels.new_empty(m, held)
     first = held * torch.arange(m, device=rows.device)[:, None]
-    if held == n: smoothed_rows(spec, rows, models, out=slab); targets.copy_(labels)
+    if held == n:
+        smoothed_rows(spec, rows, models, out=slab)
+        targets.copy_(labels)
     def positions(order): # of rows that are held, filling in those that are not
         if held == n: return order
         smoothed_rows(spec, rows, models, order, out=slab[:, :order.shape[1]])
@@ -357,7 +370,8 @@ def loss_per_sample(outputs: torch.Tensor, # (..., B, 1) or (..., B, C) logits
         z = outputs[..., 0].float()
         return F.binary_cross_entropy_with_logits(z, y.to(z.dtype).expand_as(z), reduction='none')
     z = outputs.float()
-    return F.cross_entropy(z.flatten(0, -2), y.expand(z.shape[:-1]).flatten(), reduction='none').view(z.shape[:-1])
+    y = y.expand(z.shape[:-1])
+    return F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction='none').view(y.shape)
 
 # %% ../nbs/20_ensemble.ipynb #32c88330
 def soft(outputs: torch.Tensor # (..., 1) or (..., C) logits
@@ -374,8 +388,8 @@ def adam_steps(flat: torch.Tensor, # parameters, with their gradient in flat.gra
     "Adam with its usual constants (Kingma and Ba 2015) on one vector, in place."
     mean, square, step = torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros((), device=flat.device)
     def descend():
-        adam([flat], [flat.grad], [mean], [square], [], [step], fused=True, amsgrad=False, beta1=.9, beta2=.999,
-             lr=lr, weight_decay=0., eps=1e-8, maximize=False)
+        adam([flat], [flat.grad], [mean], [square], [], [step], fused=True, amsgrad=False, beta1=.9,
+             beta2=.999, lr=lr, weight_decay=0., eps=1e-8, maximize=False)
     return descend
 
 # %% ../nbs/20_ensemble.ipynb #5ffde14d
@@ -386,16 +400,18 @@ def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
     "Gradient of every model's mean loss, or a private one."
     kind = stack.flat.device.type
     half = dict(dtype=torch.bfloat16, enabled=spec.precision == 'bf16', cache_enabled=kind == 'cpu')
-    amp = nullcontext() if kind == 'meta' else torch.autocast(kind, **half)
-    if spec.dp is not None:
-        draws = [generator(spec.random_state, 'dp-noise', k, step, device=x.device) for k in models]
-        with amp: return spec.dp.gradient(stack, x, y, loss_per_sample, draws, batch_size=spec.batch_size, models=models, step=step)
-    stack.flat.grad.zero_()
-    with amp: outputs = stack(x)
+    with nullcontext() if kind == 'meta' else torch.autocast(kind, **half):
+        if spec.dp is not None:
+            draws = [generator(spec.random_state, 'dp-noise', k, step, device=x.device) for k in models]
+            return spec.dp.gradient(stack, x, y, loss_per_sample, draws,
+                                    batch_size=spec.batch_size, models=models, step=step)
+        stack.flat.grad.zero_()
+        outputs = stack(x)
     loss_per_sample(outputs, y).mean(-1).sum().backward()
 
 # %% ../nbs/20_ensemble.ipynb #9116dff7
-def training_step(spec: TrainSpec, stack: Stack, shape: tuple, models, # resolved; of one input; their numbers
+def training_step(spec: TrainSpec, stack: Stack, # resolved
+                  shape: tuple, models, # of one input; numbers of the models
                   slab: torch.Tensor, targets: torch.Tensor # from `smoothed_batches`
                  ): # function of positions (M*B,) and the number of the step
     "One step of training for all models, as a function of tensors that stay where they are."
@@ -435,12 +451,12 @@ def cuda_graph(function # without arguments, of tensors that stay where they are
     return graph.replay
 
 # %% ../nbs/20_ensemble.ipynb #6c38362c
-def _precisions(): # parts of torch with a float32 precision of their own, where this version of torch has them
+def _precisions(): # the parts of torch that have a float32 precision of their own, in this version
     b = torch.backends
-    found = [b.cuda.matmul, *(getattr(part, name, None) for part in (b.cudnn, b.mkldnn) for name in ('conv', 'rnn', 'matmul'))]
-    return [part for part in found if hasattr(part, 'fp32_precision')]
+    parts = (getattr(part, name, None) for part in (b.cudnn, b.mkldnn) for name in ('conv', 'rnn', 'matmul'))
+    return [part for part in (b.cuda.matmul, *parts) if hasattr(part, 'fp32_precision')]
 
-def _setting(read, usual): # a flag, or its usual value where torch refuses to tell because two of its interfaces disagree
+def _setting(read, usual): # the usual value where torch refuses to tell, as its two interfaces disagree
     try: return read()
     except RuntimeError: return usual
 
@@ -448,12 +464,13 @@ def _setting(read, usual): # a flag, or its usual value where torch refuses to t
 def exact_float32():
     "Products of float32 numbers in float32, cuDNN repeatable; afterwards the flags are the caller's again."
     cudnn, parts = torch.backends.cudnn, _precisions()
-    before = (_setting(torch.get_float32_matmul_precision, 'highest'), _setting(lambda: cudnn.allow_tf32, True),
-              cudnn.deterministic, cudnn.benchmark, [part.fp32_precision for part in parts])
+    matmul = _setting(torch.get_float32_matmul_precision, 'highest')
+    before = matmul, _setting(lambda: cudnn.allow_tf32, True), cudnn.deterministic, cudnn.benchmark
+    values = [part.fp32_precision for part in parts]
     try:
         _set_precision('highest', False, True, False, parts, ['ieee'] * len(parts))
         yield
-    finally: _set_precision(*before[:4], parts, before[4])
+    finally: _set_precision(*before, parts, values)
 
 def _set_precision(matmul, tf32, deterministic, benchmark, parts, values):
     torch.set_float32_matmul_precision(matmul)
@@ -462,15 +479,20 @@ def _set_precision(matmul, tf32, deterministic, benchmark, parts, values):
     for part, value in zip(parts, values): part.fp32_precision = value
 
 # %% ../nbs/20_ensemble.ipynb #f0418fe7
-@lru_cache(maxsize=None)
-def _side_stream(device): return torch.cuda.Stream(device)
+_streams = {} # number of a GPU -> stream
+
+def _side_stream(gpu): # always the same, because libraries keep a workspace for every stream
+    if gpu not in _streams: _streams[gpu] = torch.cuda.Stream(gpu)
+    return _streams[gpu]
 
 @contextmanager
 def on_device(device: str # 'cpu', 'cuda:1' ...
              ):
     "Exact float32, and on a GPU a stream of its own that the caller's stream waits for."
     with exact_float32():
-        if not device.startswith('cuda'): yield; return
+        if not device.startswith('cuda'):
+            yield
+            return
         with torch.cuda.device(device):
             side = _side_stream(torch.cuda.current_device())
             side.wait_stream(torch.cuda.current_stream())
@@ -483,11 +505,11 @@ def initial_stack(spec: TrainSpec, models, # resolved; numbers of the models
                   x: torch.Tensor # (B, ...) some inputs on the device, to try the networks on
                  ) -> Stack:
     "The models at their starts, side by side; ValueError if they cannot be."
-    make = partial(initial_module, spec.module, spec.random_state)
+    make, folded = partial(initial_module, spec.module, spec.random_state), getattr(spec.dp, 'folded', False)
     same = spec.start == 'shared' or isinstance(spec.module, nn.Module)
-    nets = [make(0)] if same else [make(k) for k in models]
-    if len(models) > 1: check_independence(nets[0], x)
-    return Stack(nets[0] if same else nets, len(models), spec.device, folded=getattr(spec.dp, 'folded', False))
+    nets = make(0) if same else [make(k) for k in models]
+    if len(models) > 1: check_independence(nets if same else nets[0], x)
+    return Stack(nets, len(models), spec.device, folded=folded)
 
 # %% ../nbs/20_ensemble.ipynb #6234a3cf
 def train(spec: TrainSpec, # resolved
@@ -497,7 +519,8 @@ def train(spec: TrainSpec, # resolved
          ) -> Stack: # trained
     "Train the models side by side."
     shape, y = tuple(np.shape(x)[1:]), torch.tensor(np.asarray(y, dtype=np.int64))
-    if spec.dp is not None: spec.dp.check(initial_module(spec.module, spec.random_state), len(x), spec.batch_size)
+    if spec.dp is not None:
+        spec.dp.check(initial_module(spec.module, spec.random_state), len(x), spec.batch_size)
     with on_device(spec.device):
         rows = to_rows(x).to(spec.device)
         stack = initial_stack(spec, models, to_inputs(rows[:4], shape))
@@ -512,7 +535,7 @@ def train(spec: TrainSpec, # resolved
                 after_epoch(epoch + 1, stack)
     return stack
 
-def _may_record(spec, shape): # draws by the layers or for privacy come from generators, which a recording would freeze
+def _may_record(spec, shape): # numbers that layers draw, or private gradients, would be the recorded ones again
     if not spec.device.startswith('cuda') or spec.dp is not None: return False
     return not draws_numbers(initial_module(spec.module, spec.random_state), shape)
 
@@ -531,11 +554,15 @@ def draw_u(spec: TrainSpec, # noise, test_noise, test_sigma
            models, digests: list # numbers and hashes of the models
           ) -> torch.Tensor: # (M, 1, d), drawn on the CPU
     "u of every model."
-    law = spec.noise if spec.test_sigma is None else GaussianNoise(spec.test_sigma) if spec.test_sigma else None
-    if spec.test_noise == 'none' or law is None: return torch.zeros(len(models), 1, d)
+    law = u_law(spec)
+    if law is None: return torch.zeros(len(models), 1, d)
     if spec.test_noise == 'hash': streams = [generator(int(h, 16), 'test-noise') for h in digests]
     else: streams = [generator(spec.random_state, 'test-noise', k) for k in models]
     return torch.stack([law.sample((1, d), g) for g in streams])
+
+def u_law(spec): # the noise that u is drawn from, None where u = 0
+    if spec.test_noise == 'none' or spec.test_sigma == 0: return None
+    return spec.noise if spec.test_sigma is None else GaussianNoise(spec.test_sigma)
 
 # %% ../nbs/20_ensemble.ipynb #885d3c09
 def finite(stack: Stack # trained
@@ -554,11 +581,13 @@ def answers(spec: TrainSpec, stack: Stack, models, digests: list, # numbers and 
            ) -> np.ndarray: # (M, n, C) float32, NaN for a model that diverged
     "Soft outputs of every model at x + u."
     rows, shape = to_rows(x), tuple(np.shape(x)[1:])
-    u = draw_u(spec, rows.shape[1], models, digests).to(spec.device)
-    stack.module.eval()
-    with on_device(spec.device), global_stream(spec.random_state, 'layers-at-test', models[0], device=spec.device):
-        at = (to_inputs(block.to(spec.device) + u, shape) for block in rows.split(eval_block(len(models), rows.shape[1])))
-        p = torch.cat([soft(stack(x)) for x in at], 1)
+    u = draw_u(spec, rows.shape[1], models, digests)
+    block = eval_block(len(models), rows.shape[1])
+    draws = global_stream(spec.random_state, 'layers-at-test', models[0], device=spec.device)
+    with on_device(spec.device), draws:
+        u = u.to(spec.device)
+        stack.module.eval()
+        p = torch.cat([soft(stack(to_inputs(part.to(spec.device) + u, shape))) for part in rows.split(block)], 1)
         return torch.where(finite(stack)[:, None, None], p, torch.nan).cpu().numpy()
 
 # %% ../nbs/20_ensemble.ipynb #cee02bb7
@@ -573,7 +602,8 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
         if epoch < spec.epochs and epoch not in spec.snapshots: return
         out['hashes'], out['finite'] = hashes(state(stack)), finite(stack).tolist()
         suffix = f'@{epoch}' if epoch < spec.epochs else ''
-        for name, e in x_evals.items(): out['probabilities'][name + suffix] = answers(spec, stack, models, out['hashes'], e)
+        for name, e in x_evals.items():
+            out['probabilities'][name + suffix] = answers(spec, stack, models, out['hashes'], e)
     try: stack = train(spec, x, y, models, after_epoch)
     except (RuntimeError, MemoryError) as e:
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(e)): raise
@@ -601,9 +631,12 @@ def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
                 x_evals: dict, # name -> (n_eval, ...) inputs at which to evaluate
                 indices, # numbers of the models, any whole numbers >= 0
                 keep_models: bool = False # also return parameters and buffers
-               ) -> dict: # probabilities: name -> (len(indices), n_eval, C) float32; hashes: list of str;
-                          # diverged: number of models whose outputs are NaN; models: name -> (len(indices), ...)
-    "Train some models of a run and evaluate them: the unit of work. ValueError if model 0 is among them and all diverged."
+               ) -> dict: # probabilities, hashes, diverged, models
+    """Train some models of a run and evaluate them: the unit of work of a resumable or distributed run.
+
+    `probabilities` holds (len(indices), n_eval, C) float32 for each name of `x_evals`, `models` (len(indices), ...) for
+    each parameter and buffer, `hashes` one text a model. `diverged` counts models whose outputs are NaN because their
+    parameters are not finite. ValueError if all models diverged and model 0 is one of them: the run would be useless."""
     spec, indices = resolved(spec, np.shape(x)), [int(k) for k in indices]
     check_outputs(spec, x)
     groups = sorted({k // spec.stack for k in indices})
@@ -613,12 +646,13 @@ def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
     return out
 
 def _diverged(spec, n):
-    return f'training diverged for all of the first {n} models: their parameters are not finite; try a smaller lr than {spec.lr:g}'
+    return (f'training diverged for all of the first {n} models: their parameters are not finite; '
+            f'try a smaller lr than {spec.lr:g}')
 
 def _select(spec, parts, groups, indices):
     numbers = [g * spec.stack + j for g in groups for j in range(spec.stack)]
     at = [numbers.index(k) for k in indices]
-    join = lambda key: {name: np.concatenate([p[key][name] for p in parts])[at] for name in parts[0].get(key, {})}
+    def join(key): return {name: np.concatenate([p[key][name] for p in parts])[at] for name in parts[0].get(key, {})}
     digests, sound = ([v for p in parts for v in p[key]] for key in ('hashes', 'finite'))
     return dict(probabilities=join('probabilities'), hashes=[digests[i] for i in at],
                 diverged=sum(not sound[i] for i in at), models=join('models'))
@@ -662,12 +696,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # numbers of glibc's malloc.h
 @contextmanager
 def _keep_freed_memory():
     "Let this process reuse what it frees, for a while; nothing happens where the C library is not glibc."
-    try: libc = ctypes.CDLL(None); mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError, TypeError): yield; return
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1); mallopt(M_MMAP_THRESHOLD, 2**30)
+    try: mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError): mallopt = trim = lambda *values: None
+    def thresholds(to_trim, to_map):
+        mallopt(M_TRIM_THRESHOLD, to_trim)
+        mallopt(M_MMAP_THRESHOLD, to_map)
+    thresholds(2**31 - 1, 2**30)
     try: yield
-    finally: # the largest values that glibc would have come to by itself
-        mallopt(M_TRIM_THRESHOLD, 2**26); mallopt(M_MMAP_THRESHOLD, 2**25)
+    finally:
+        thresholds(2**26, 2**25) # the largest that glibc comes to by itself
         trim(0)
 
 # %% ../nbs/20_ensemble.ipynb #3b71af20
@@ -688,7 +725,9 @@ def map_groups(task, # picklable function of a group's number
         yield _call(task, groups.pop(0))
         n_jobs = -1 if (time.perf_counter() - start) * len(groups) > WORTH_WORKERS else 1
     if min(effective_n_jobs(n_jobs), len(groups)) <= 1: yield from (_call(task, g) for g in groups)
-    else: yield from Parallel(n_jobs=n_jobs, backend='loky', idle_worker_timeout=10, return_as='generator_unordered')(delayed(_call)(task, g) for g in groups)
+    else:
+        workers = Parallel(n_jobs, backend='loky', idle_worker_timeout=10, return_as='generator_unordered')
+        yield from workers(delayed(_call)(task, g) for g in groups)
 
 # %% ../nbs/20_ensemble.ipynb #51b98e1b
 ENOUGH_TO_STOP = 5 # models that diverged, all of those that are finished
@@ -732,8 +771,10 @@ def save_groups(path, done: dict, about: dict # plain values to keep beside the 
     "Write trained groups to a safetensors file."
     from safetensors.numpy import save_file
     groups = list(done.values())
-    text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=list(groups[0]['models'])))
-    save_file({k: np.concatenate([g['models'][k] for g in groups]) for k in groups[0]['models']}, path, metadata=dict(rab_nb=text))
+    names = list(groups[0]['models'])
+    text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=names))
+    arrays = {k: np.concatenate([g['models'][k] for g in groups]) for k in names}
+    save_file(arrays, path, metadata=dict(rab_nb=text))
 
 # %% ../nbs/20_ensemble.ipynb #4cd3f1fc
 def load_groups(path, module: nn.Module # what `save_groups` wrote; the network that was trained
@@ -745,57 +786,60 @@ def load_groups(path, module: nn.Module # what `save_groups` wrote; the network 
         arrays = {k: f.get_tensor(k) for k in about['names']}
     expected = {k: tuple(v.shape) for k, v in [*module.named_parameters(), *module.named_buffers()]}
     found = {k: a.shape[1:] for k, a in arrays.items()}
-    if found != expected: raise ValueError(f'the file holds models with parameters {found}, module has {expected}')
+    if found != expected:
+        raise ValueError(f'the file holds models with parameters {found}, module has {expected}')
     if hashes({k: torch.from_numpy(a) for k, a in arrays.items()}) != sum(about['hashes'], []):
         raise ValueError(f'{path} does not hold the models that were saved: the file is damaged')
-    m = len(about['hashes'][0])
-    parts = [{k: np.ascontiguousarray(a[i * m:(i + 1) * m]) for k, a in arrays.items()} for i in range(len(about['groups']))]
-    return {g: dict(models=p, hashes=h, probabilities={}) for g, p, h in zip(about['groups'], parts, about['hashes'])}, about
+    groups, m = {}, len(about['hashes'][0])
+    for i, (g, digests) in enumerate(zip(about['groups'], about['hashes'])):
+        part = {k: np.ascontiguousarray(a[i * m:(i + 1) * m]) for k, a in arrays.items()}
+        groups[g] = dict(models=part, hashes=digests, probabilities={})
+    return groups, about
 
 # %% ../nbs/20_ensemble.ipynb #c73e0c1c
 class _Settings(BaseEstimator):
-    def __init__(self, module, # a function that makes a network, called for every model; or an nn.Module: all start from its parameters
+    def __init__(self, module, # function that makes a network, called for every model; or an nn.Module, their start
                  noise, # smoothing noise, e.g. GaussianNoise(1.0)
                  n_estimators: int = 100, # N
                  epochs: int = 2, batch_size: int = 128, lr: float = 1e-3, # of Adam
                  dp=None, # private gradients, e.g. DPSGD(5.0, 4.0)
-                 label_noise: float = 0., # probability, < 1 - 1/C, that a training label is replaced by another class
-                 start: str = 'own', # or 'shared': all models have the initialisation and the batches of model 0
-                 test_noise: str = 'stream', # u of f(x + u): 'stream', 'hash' (of the trained model), or 'none'
+                 label_noise: float = 0., # probability that a label is replaced by another class, < 1 - 1/C
+                 start: str = 'own', # or 'shared': all models have the initialisation and batches of model 0
+                 test_noise: str = 'stream', # u of f(x + u): 'stream', 'hash' (of the trained model), 'none'
                  test_sigma: float = None, # None: u has the law of the noise; a number: N(0, test_sigma^2)
                  random_state: int = 0,
                  device: str = 'auto', n_jobs: int = None, # worker processes on a CPU
                  precision: str = 'auto', stack='auto', # 'float32' or 'bf16'; models trained side by side
                  keep_models: bool = True, # False: keep only the outputs at fit's eval_sets
-                 max_memory: int = None, # bytes for training one group of models (in each worker); does not change the results
+                 max_memory: int = None, # bytes for training one group (in each worker); changes no result
                  warm_start: bool = False, # True: a second fit on the same data trains only what is missing
                  verbose: bool = False # progress bar
                 ):
         self.module, self.noise, self.n_estimators, self.dp = module, noise, n_estimators, dp
         self.epochs, self.batch_size, self.lr, self.random_state = epochs, batch_size, lr, random_state
-        self.label_noise, self.start, self.test_noise, self.test_sigma = label_noise, start, test_noise, test_sigma
-        self.device, self.n_jobs, self.precision, self.stack, self.max_memory = device, n_jobs, precision, stack, max_memory
-        self.keep_models, self.warm_start, self.verbose = keep_models, warm_start, verbose
+        self.label_noise, self.start = label_noise, start
+        self.test_noise, self.test_sigma = test_noise, test_sigma
+        self.device, self.n_jobs, self.precision, self.stack = device, n_jobs, precision, stack
+        self.keep_models, self.max_memory, self.warm_start, self.verbose = keep_models, max_memory, warm_start, verbose
 
 # %% ../nbs/20_ensemble.ipynb #ba2ed06d
 def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
                   *settings, **options # of `certify`
                  ): # Certificate
-    "`certify`, whatever class the models without an answer may stand for."
+    "`certify`, whatever class the models without an answer may stand for; a UserWarning tells how many they are."
     p = np.asarray(probabilities)
     silent = np.isnan(p).any(2)
     if not silent.any(): return certify(p, *settings, **options)
-    worst = silent.sum(0).max()
-    warnings.warn(f'{worst} of {len(p)} models have no finite answer: their training diverged, or the inputs are extreme. '
-                  'They count as wrong in every certificate; a smaller lr may help', stacklevel=3)
+    warnings.warn(f'{silent.sum(0).max()} of {len(p)} models have no finite answer: their training diverged, or the '
+                  'inputs are extreme. They count as wrong in every certificate; a smaller lr may help', stacklevel=3)
     votes = np.eye(p.shape[2], dtype=p.dtype)
     found = [certify(np.where(silent[..., None], vote, p), *settings, **options) for vote in votes]
     prediction = np.array([c.prediction for c in found])
     least = np.argmax([c.p_b - c.p_a for c in found], 0)[None]
-    pick = lambda name: np.take_along_axis(np.array([getattr(c, name) for c in found]), least, 0)[0]
+    def pick(name): return np.take_along_axis(np.array([getattr(c, name) for c in found]), least, 0)[0]
     same = (prediction == prediction[0]).all(0)
-    return replace(found[0], prediction=np.where(same, prediction[0], -1), radius=np.where(same, pick('radius'), 0.),
-                   p_a=pick('p_a'), p_b=pick('p_b'))
+    return replace(found[0], prediction=np.where(same, prediction[0], -1), p_a=pick('p_a'), p_b=pick('p_b'),
+                   radius=np.where(same, pick('radius'), 0.))
 
 # %% ../nbs/20_ensemble.ipynb #dc73923e
 class Voter(ClassifierMixin):
@@ -810,19 +854,22 @@ class Voter(ClassifierMixin):
         return self.classes_[best]
 
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
-        "Certificates at X, see `certificate.certify`; predictions are positions in `classes_`, -1 abstains."
-        return certify_worst(self.model_probabilities(X), self.noise_, alpha, bound, votes, **_covered(self), **options)
+        """Certificates at X, see `certificate.certify`; predictions are positions in `classes_`, -1 abstains.
 
-def _mean(p): # (N, n, C) with NaN where a model has no answer -> (n, C); all classes alike where none has
+        Models that diverged count as wrong, and a UserWarning names their number."""
+        p = self.model_probabilities(X)
+        return certify_worst(p, self.noise_, alpha, bound, votes, **_covered(self), **options)
+
+def _mean(p): # (N, n, C), NaN where a model has no answer -> (n, C), all classes alike where none has
     answered = ~np.isnan(p).any(2, keepdims=True)
-    n = answered.sum(0)
-    return np.where(n, np.where(answered, p, 0).sum(0, dtype=np.float64) / np.maximum(n, 1), 1 / p.shape[2]).astype(p.dtype)
+    n, total = answered.sum(0), np.where(answered, p, 0).sum(0, dtype=np.float64)
+    return np.where(n, total / np.maximum(n, 1), 1 / p.shape[2]).astype(p.dtype)
 
-def _covered(self): # what else a certificate covers, as far as `certify` knows it: labels and the test input
+def _covered(self): # what else the training covers, labels and the test input, as far as `certify` knows of it
     spec, known = getattr(self, 'spec_', None), inspect.signature(certify).parameters
     if spec is None: return {}
-    own = spec.noise.sigma if spec.test_sigma is None and isinstance(spec.noise, GaussianNoise) else spec.test_sigma
-    covered = dict(label_noise=spec.label_noise, test_sigma=own if spec.test_noise == 'stream' else None)
+    law = u_law(spec) if spec.test_noise == 'stream' else None
+    covered = dict(label_noise=spec.label_noise, test_sigma=law.sigma if isinstance(law, GaussianNoise) else None)
     return {name: value for name, value in covered.items() if name in known and value}
 
 # %% ../nbs/20_ensemble.ipynb #fc7617ba
@@ -834,7 +881,8 @@ def finished(done: dict, # group number -> result
 
 # %% ../nbs/20_ensemble.ipynb #f00e830e
 def _stored(group, name):
-    if name not in group['probabilities']: raise ValueError(f'no evaluation set {name!r} was given to fit; it had {list(group["probabilities"])}')
+    if name not in group['probabilities']:
+        raise ValueError(f'no evaluation set {name!r} was given to fit; it had {list(group["probabilities"])}')
     return group['probabilities'][name]
 
 # %% ../nbs/20_ensemble.ipynb #1c2218f9
@@ -849,15 +897,19 @@ def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
 def check_scale(spec: TrainSpec, x # (n, ...) float32 inputs
                ) -> None:
     "ValueError where float32 cannot hold the noise beside the inputs."
-    largest, noise = np.abs(x).max(), float(spec.noise.sample((1000,), generator(0, 'scale')).std())
-    if np.spacing(largest) > noise / 100:
-        raise ValueError(f'inputs as large as {largest:.3g} are {np.spacing(largest):.2g} apart in float32, too far for noise of standard deviation {noise:.3g}: '
-                         'subtract an offset that is fixed in advance, or rescale the features')
+    largest = np.abs(x).max()
+    for name, law in dict(noise=spec.noise, test_sigma=None if spec.test_sigma is None else u_law(spec)).items():
+        scale = math.inf if law is None else float(law.sample((1000,), generator(0, 'scale')).std())
+        if np.spacing(largest) > scale / 100:
+            raise ValueError(f'inputs as large as {largest:.3g} are {np.spacing(largest):.2g} apart in float32, too far '
+                             f'for noise of standard deviation {scale:.3g} ({name}): subtract an offset that is fixed in '
+                             'advance, rescale the features, or give more noise')
 
 # %% ../nbs/20_ensemble.ipynb #bb99cf83
 def _spec(self, shape=None):
     names = [f.name for f in fields(TrainSpec) if f.name not in ('n_classes', 'snapshots')]
-    return resolved(TrainSpec(n_classes=len(self.classes_), **{name: getattr(self, name) for name in names}), shape)
+    settings = {name: getattr(self, name) for name in names}
+    return resolved(TrainSpec(n_classes=len(self.classes_), **settings), shape)
 
 def _has_models(self): return all('models' in group for group in self.groups_.values())
 
@@ -866,33 +918,40 @@ class _Fit(Voter, _Settings):
     def fit(self, X, y, # (n, ...) inputs, (n,) labels
             eval_sets: dict = None # name -> inputs: also keep every model's outputs at these points
            ):
-        "Train the models: Algorithm 1 up to its vote."
+        """Train the models: Algorithm 1 up to its vote.
+
+        ValueError for settings and data that cannot work, and where the first models have all diverged."""
         _whole('n_estimators', self.n_estimators)
         X = check_inputs(X)
         self.classes_, y = check_labels(y, len(X))
         self.input_shape_, self.n_features_in_ = X.shape[1:], math.prod(X.shape[1:])
         evals = {name: check_inputs(e, self.input_shape_) for name, e in (eval_sets or {}).items()}
-        if not (evals or self.keep_models): raise ValueError('keep_models=False keeps only outputs: give fit some eval_sets')
+        if not (evals or self.keep_models):
+            raise ValueError('keep_models=False keeps only outputs: give fit some eval_sets')
         spec = _spec(self, X.shape)
-        check_scale(spec, X); check_outputs(spec, X)
+        check_scale(spec, X)
+        check_outputs(spec, X)
         data = fingerprint(spec, X, y, evals)
         if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
         if self.keep_models: self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
         self._data = data
         self.spec_, self.noise_ = spec, spec.noise
-        train_groups(spec, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs, self.verbose)
+        how = self.keep_models, self.n_jobs, self.verbose
+        train_groups(spec, X, y, evals, self.n_estimators, self.groups_, *how)
         return self
 
 # %% ../nbs/20_ensemble.ipynb #0435018c
 class RABClassifier(_Fit):
     "Smoothed ensemble of Algorithm 1 with certificates against backdoors in the training set."
-    def model_probabilities(self, X) -> np.ndarray: # X: (n, ...) inputs, or the name of one of fit's eval_sets; (N, n, C)
+    def model_probabilities(self, X # (n, ...) inputs, or the name of one of fit's eval_sets
+                           ) -> np.ndarray: # (N, n, C), NaN for a model that diverged
         "Soft outputs h_k(X) of every model."
         check_is_fitted(self, 'groups_')
         if not self.groups_: raise ValueError('fit was interrupted before the first model was finished')
         if isinstance(X, str): parts = [_stored(g, X) for g in self.groups_.values()]
-        elif _has_models(self): parts = list(answer_groups(self.spec_, self.groups_, check_inputs(X, self.input_shape_)))
-        else: raise ValueError("keep_models=False kept only the outputs at fit's eval_sets; ask for one of them by name")
+        elif _has_models(self):
+            parts = list(answer_groups(self.spec_, self.groups_, check_inputs(X, self.input_shape_)))
+        else: raise ValueError("keep_models=False kept only the outputs at fit's eval_sets; ask for one by name")
         order = [p for _, p in sorted(zip(self.groups_, parts), key=lambda gp: gp[0])]
         return np.concatenate(order)[finished(sorted(self.groups_), self.spec_.stack, self.n_estimators)]
 
@@ -903,25 +962,26 @@ class RABClassifier(_Fit):
         save_groups(path, self.groups_, _about(self))
 
     @classmethod
-    def load(cls, path, module, dp=None): # the file; the module or function, and the DPSGD, that `fit` had
-        "Read what `save` wrote; ValueError if it was trained with another `dp`."
+    def load(cls, path, module, dp=None): # the file; the module or function, and the DPSGD, of `fit`
+        "Read what `save` wrote; ValueError if it was trained with another `dp` or another network."
         return _load(cls, path, module, dp)
 
 # %% ../nbs/20_ensemble.ipynb #572f1f80
 def _about(self):
-    named = [f.name for f in fields(TrainSpec) if f.name not in ('module', 'noise', 'dp', 'n_classes', 'snapshots', 'max_memory')]
-    settings = {name: _plain(getattr(self.spec_, name)) for name in named}
+    elsewhere = 'module', 'noise', 'dp', 'n_classes', 'snapshots', 'max_memory'
+    settings = {f.name: _plain(getattr(self.spec_, f.name)) for f in fields(TrainSpec) if f.name not in elsewhere}
     module = initial_module(self.spec_.module, self.spec_.random_state)
-    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise_), dp=repr(self.spec_.dp),
-                module=repr(module), classes=self.classes_.tolist(), input_shape=self.input_shape_)
+    return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise_),
+                dp=repr(self.spec_.dp), module=repr(module), classes=self.classes_.tolist(),
+                input_shape=self.input_shape_)
 
 def _load(cls, path, module, dp):
     net = initial_module(module, 0)
     groups, about = load_groups(path, net)
-    if about['dp'] != repr(dp):
-        raise ValueError(f'the models of {path} were trained with dp={about["dp"]}, got dp={dp!r}: give load the same')
-    if repr(net) != about['module']:
-        raise ValueError(f"the models of {path} are {about['module']}, got {net!r}: give load the module that fit had")
+    for name, given in (('dp', dp), ('module', net)):
+        if about[name] != repr(given):
+            raise ValueError(f'the models of {path} were trained with {name}={about[name]}, got {given!r}: '
+                             'give load what fit had')
     self = cls(module, noise_from_repr(about['noise']), dp=dp, **about['settings'])
     if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
     self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
