@@ -240,16 +240,16 @@ def _check_settings(dp):
 
 # %% ../nbs/21_dp.ipynb #36f56a51
 def check_samples(stack: Stack, # folded
-                  x: torch.Tensor, y: torch.Tensor, loss # as in `record`
+                  x: torch.Tensor, y: torch.Tensor, loss # as in `record`; y may be (M, B)
                  ) -> None: # or ValueError; the stack's gradient is overwritten
     "Compare the unclipped sum of the first rows' gradients with autograd, a row at a time."
-    x, y, each, training = x[:, :3], y[:3], stack.flat.grad, stack.module.training
+    x, y, each, training = x[:, :3], y[..., :3], stack.flat.grad, stack.module.training
     stack.module.eval()
     try:
         with torch.autocast(x.device.type, enabled=False):
             clipped_sum(stack, x, y, loss, math.inf)
             found = each.clone(); each.zero_()
-            for i in range(len(y)): loss(stack(x[:, i:i+1]), y[i:i+1]).sum().backward()
+            for i in range(x.shape[1]): loss(stack(x[:, i:i+1]), y[..., i:i+1]).sum().backward()
     except (RuntimeError, TypeError, IndexError) as e: raise ValueError(f'DPSGD cannot follow this network: {e}') from e
     finally: stack.module.train(training)
     if not torch.allclose(found, each, rtol=1e-3, atol=1e-4 * float(each.abs().max())):

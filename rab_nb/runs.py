@@ -190,11 +190,12 @@ def dnn_version(settings: dict # of kind 'dnn' or 'undefended'
 def _dnn_environment(text: str, device: str) -> dict:
     settings = json.loads(text)
     _attack(settings['attack'])
-    spec = ensemble.identity(train_spec(settings, device))
+    trained = train_spec(settings, device)
+    spec = ensemble.identity(trained) | ensemble.machine(trained)
     if settings['shard_size'] % spec['stack'] and settings['n_models'] > settings['shard_size']:
         raise ValueError(f"shard_size must be a multiple of stack = {spec['stack']}, the models trained side by side, got {settings['shard_size']}")
     return dict(version=dnn_version(settings), torch='.'.join(torch.__version__.split('.')[:2]), data=_task(canonical(settings['data'])).sha256,
-                **{k: spec[k] for k in ('device', 'precision', 'stack', 'module')})
+                **{k: spec[k] for k in ('engine', 'device', 'precision', 'stack', 'module')})
 
 def dnn_environment(settings: dict, device: str) -> dict:
     "What an ensemble's numbers depend on besides its settings."

@@ -59,7 +59,7 @@ def plain_loop(net, s, x, y, k):
     target, optimiser = torch.from_numpy(np.asarray(y, dtype=np.float32)), torch.optim.Adam(net.parameters(), lr=s.lr)
     for epoch in range(s.epochs):
         net.train()
-        for i in batches(s, epoch, len(x)):
+        for i in batches(s, k, epoch, len(x)):
             optimiser.zero_grad()
             F.binary_cross_entropy_with_logits(net(data[i])[:, 0], target[i]).backward()
             optimiser.step()
@@ -82,13 +82,13 @@ def test_training_is_that_of_a_plain_loop(make, shape, stack):
     s = resolved(spec(module=make, stack=stack, precision='float32', batch_size=8, lr=1e-3))
     shard = train_shard(s, x, y, dict(train=x), range(3), keep_models=True)
     for k in range(3):
-        net = plain_loop(ensemble.initial_module(make, 0), s, x, y, k)
+        net = plain_loop(ensemble.initial_module(make, 0, k), s, x, y, k)
         for name, p in net.state_dict().items():
             assert np.abs(shard['models'][name][k] - p.numpy()).max() < 2e-4, (name, k)
 
 
 def test_answers_are_f_at_x_plus_u_with_u_from_the_hash_of_f():
-    s = spec(stack=1)
+    s = spec(stack=1, test_noise='hash')
     shard = train_shard(s, X[:50], Y[:50], dict(test=X[60:70]), [0], keep_models=True)
     state = {k: torch.from_numpy(v[0]) for k, v in shard['models'].items()}
     digest = hashlib.sha256(b''.join(v.numpy().tobytes() for v in state.values())).hexdigest()
@@ -227,9 +227,9 @@ def test_noise_kept_and_noise_drawn_again_are_the_same_bits(noise, whole, monkey
 class Counted:
     def __init__(self, f): self.f, self.calls = f, 0
 
-    def __call__(self, *args):
+    def __call__(self, *args, **kwargs):
         self.calls += 1
-        return self.f(*args)
+        return self.f(*args, **kwargs)
 
 
 def test_noise_does_not_depend_on_the_stack():
