@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'MAX_SHARD_BYTES', 'MAX_SETTINGS_BYTES', 'SCALE', 'SPAN', 'O
            'pack', 'unpack', 'Claim', 'claim', 'store_root', 'Run', 'state', 'written', 'contents', 'whole_array',
            'missing', 'read_settings', 'sweep', 'prepare', 'runs_in', 'remove', 'Block', 'added_up', 'StatisticsError',
            'merged', 'Label', 'origin_of', 'blocks_of', 'statistics_of', 'pack_blocks', 'unpack_blocks', 'read_blocks',
-           'locked', 'add_blocks']
+           'locked', 'update_blocks', 'add_blocks']
 
 # %% ../nbs/internals/store.ipynb #51ee0003
 import contextlib
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -602,13 +603,18 @@ def locked(path, # of a file of blocks
         with FileLock(str(path.with_name(f'.{path.name}.lock')), timeout=patience): yield path
     except Timeout: raise OSError(f'{path} has been in the hands of another process for {patience:g} s: wait for it to end, and run again') from None
 
-def add_blocks(path, # of a file of blocks, created where it is missing
-               blocks: list # of Block
-              ) -> list: # all blocks that the file holds now
+def update_blocks(path, # of a file of blocks, created where it is missing
+                  more: Callable # blocks of the file -> blocks to be added
+                 ) -> list: # all blocks that the file holds now
     "Merge blocks into a file; nothing is written where nothing is new, and an error leaves the file as it was."
     with locked(path) as path:
         before = read_blocks(path)
-        after = merged([*before, *blocks])
+        after = merged([*before, *more(before)])
         content = pack_blocks(after)
         if after and not (path.exists() and path.read_bytes() == content): _replace_file(path, content)
     return after
+
+def add_blocks(path, blocks: list # file of blocks; of Block
+              ) -> list: # all blocks that the file holds now
+    "`update_blocks` with blocks that are at hand."
+    return update_blocks(path, lambda before: blocks)
