@@ -169,7 +169,7 @@ def dnn_environment(settings: dict, device: str) -> dict:
     return _dnn_environment(canonical(settings), device)
 
 # %% ../nbs/30_runs.ipynb #5a7e0002
-ALWAYS = {'epochs', 'batch_size', 'lr', 'random_state', 'seed', 'rate', 'target', 'norm'} # part of the name also at their defaults
+ALWAYS = {'epochs', 'batch_size', 'lr', 'random_state', 'seed', 'rate', 'target'} # part of the name also at their defaults
 MACHINE = {'precision', 'stack', 'device', 'max_memory'} # not part of it: 'environment' has the precision
 
 def differing(function: Callable, # that takes the arguments

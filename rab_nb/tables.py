@@ -391,6 +391,7 @@ class Finished:
     n_asked: int # smoothed models that the profile asks for
     seconds: float # of computing, its share of runs that rows have in common included
     machines: tuple # processors or GPUs that computed it
+    where: tuple = () # devices and versions of torch that trained the models
     n_diverged: int = 0 # smoothed models without an answer, counted in n_models
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
     averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
@@ -432,9 +433,8 @@ def describe(blocks: list # of Block, of a smoothed ensemble
     private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
     network = module.pop('name') + (f" ({', '.join(f'{k} {v}' for k, v in module.items())})" if module else '')
     more = ''.join(f', {k} {v}' for k, v in train.items() if k not in runs.ALWAYS)
-    where = ' and '.join(sorted({f"{b.origin['device']}, torch {b.origin['torch']}" for b in blocks}))
     return (f"{network}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}{more}, "
-            f"{key['environment']['precision']} on {where}, engine {key['environment']['engine']}")
+            f"{key['environment']['precision']}, engine {key['environment']['engine']}")
 
 # %% ../nbs/31_tables.ipynb #9bec54b9
 def cost_of(blocks: list # of Block
@@ -459,6 +459,7 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, # as from `runs_o
     return Finished(row, certificates, *(smoothed[0].fixed[name].astype(np.int64) for name in ('triggered.y', 'clean.y')),
                     tuple(statistics_of(alone, name).votes.argmax(1) for name in ('triggered', 'clean')), about, describe(smoothed),
                     n, settings['smoothed']['n_models'], seconds + cost_of(alone)[0] / len(spec(row.table).sigmas), tuple(sorted(machines)),
+                    tuple(sorted({f"{b.origin['device']} (torch {b.origin['torch']})" for b in smoothed})),
                     both[0].diverged, privacy, both[0].mean * n / max(n - both[0].diverged, 1))
 
 # %% ../nbs/31_tables.ipynb #1e70c21f
