@@ -20,7 +20,7 @@ import reference
 from links import Files, Names, Numbers, last_sentence, plain, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ('paper', 'cpu', 'quick')  # the nearest to the paper first
+PROFILES = ('paper', 'cpu')  # those whose results are committed, the nearest to the paper first
 TUTORIALS = ['own_data', 'own_model', 'certificate', 'scaling', 'errata']  # in reading order; others follow
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.+?)\s*$', re.M)
 LIMIT = 30e6
@@ -43,7 +43,7 @@ def page_of(path):
 
 def sources():
     "Repository paths of all notebooks that become pages."
-    found = [*(ROOT / 'nbs').rglob('*.ipynb'), *(ROOT / 'results').glob('*/table[1-9].ipynb')]
+    found = [*(ROOT / 'nbs').rglob('*.ipynb'), *(path for profile in PROFILES for path in (ROOT / 'results' / profile).glob('table[1-9].ipynb'))]
     paths = [path.relative_to(ROOT).as_posix() for path in found if not any(part.startswith(('.', '_')) for part in path.relative_to(ROOT).parts)]
     return sorted(path for path in paths if not path.endswith('.part.ipynb'))
 
@@ -259,19 +259,18 @@ class Site:
         return '\n\n```{toctree}\n:caption: Other profiles\n:hidden:\n\n' + '\n'.join(titles) + '\n```\n' if rest else ''
 
     def copy_report(self):
-        "The self-contained report of `make tables`, with the files it links to; its links to executed notebooks lead to their pages, and tidy numbers are compressed."
+        "All tables on one self-contained page, with the files it links to; its links to executed notebooks lead to their pages, and tidy numbers are compressed."
+        from rab_nb.report import one_page
         results, there = ROOT / 'results', self.source / 'extra/report'
-        for path in [path for path in results.glob('*/table[1-9].*') if path.suffix in ('.csv', '.tex')]:
+        for path in [path for profile in PROFILES for path in (results / profile).glob('table[1-9].*') if path.suffix in ('.csv', '.tex')]:
             target = there / path.relative_to(results)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == '.csv': target.with_suffix('.csv.gz').write_bytes(gzip.compress(path.read_bytes(), mtime=0))
             else: shutil.copyfile(path, target)
-        if (results / 'index.html').exists():
-            there.mkdir(exist_ok=True)
-            text = (results / 'index.html').read_text(encoding='utf-8')
-            text = re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', text)
-            text = re.sub(r'(href="\w+/table\d\.csv)"', r'\1.gz"', text)
-            (there / 'index.html').write_text(text, encoding='utf-8')
+        there.mkdir(parents=True, exist_ok=True)
+        text = re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', one_page(results))
+        text = re.sub(r'(href="\w+/table\d\.csv)"', r'\1.gz"', text)
+        (there / 'index.html').write_text(text, encoding='utf-8')
 
     def build(self):
         (self.source / 'extra').mkdir(parents=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPUTED', 'check_probabilities', 'hard_votes', 'VoteStatistics', 'Evidence', 'Certificate', 'exact_certificate',
-           'side_level', 'rivals_upper', 'check_settings', 'certify_statistics', 'certify', 'with_betting']
+           'side_level', 'rivals_upper', 'check_settings', 'certify_statistics', 'certify']
 
 # %% ../nbs/03_certificate.ipynb #0170c597
 import csv
@@ -44,11 +44,12 @@ def hard_votes(probabilities: np.ndarray # (..., n_classes)
 @dataclass(frozen=True)
 class VoteStatistics:
     "What N models said about each point and class, without the outputs themselves."
-    n_models: int # number of models
-    mean: np.ndarray # (n_points, n_classes), mean probability
-    second_moment: np.ndarray # (n_points, n_classes), mean squared probability
+    n_models: int # number of models, the diverged ones included
+    mean: np.ndarray # (n_points, n_classes), mean probability; a diverged model counts as 0
+    second_moment: np.ndarray # (n_points, n_classes), mean squared probability; a diverged model counts as 0
     votes: np.ndarray # (n_points, n_classes) int64, number of models whose most probable class it is
-    betting: tuple | None = None # level of one side, lower and upper bounds (n_points, n_classes), see `with_betting`
+    diverged: int = 0 # models without an answer, 0..n_models
+    rounding: float = 0. # largest error of a stored mean; second moments may be off by three times as much
 
     @classmethod
     def from_probabilities(cls, probabilities) -> 'VoteStatistics':
@@ -56,7 +57,7 @@ class VoteStatistics:
         return _statistics(np.asarray(probabilities))
 
     def merge(self, other: 'VoteStatistics') -> 'VoteStatistics':
-        "Statistics of two disjoint sets of models, asked about the same points; betting bounds do not add up and are dropped."
+        "Statistics of two disjoint sets of models, asked about the same points."
         return _merge(self, other)
 
 # %% ../nbs/03_certificate.ipynb #2f15ec5e
@@ -75,7 +76,8 @@ def _merge(a, b):
         raise ValueError(f'cannot merge statistics of shapes {a.mean.shape} and {b.mean.shape}: shards must share their points and classes')
     n = a.n_models + b.n_models
     mean = lambda x, y: (a.n_models*x + b.n_models*y) / n
-    return VoteStatistics(n, mean(a.mean, b.mean), mean(a.second_moment, b.second_moment), a.votes + b.votes)
+    return VoteStatistics(n, mean(a.mean, b.mean), mean(a.second_moment, b.second_moment), a.votes + b.votes,
+                          a.diverged + b.diverged, max(a.rounding, b.rounding))
 
 # %% ../nbs/03_certificate.ipynb #90d0d819
 @dataclass(frozen=True, kw_only=True)
@@ -205,23 +207,31 @@ def _certify(n_models, mean, sides, noise, alpha, bound, votes, simultaneous, fa
 def certify_statistics(stats: VoteStatistics, # of all models
                        noise, # the smoothing noise
                        alpha: float = .001, # probability that a certificate fails
-                       bound: str = 'hoeffding', # or 'empirical_bernstein', 'clopper_pearson', and 'betting' where its bounds were kept
+                       bound: str = 'hoeffding', # or 'empirical_bernstein', 'clopper_pearson'
                        votes: str = 'soft', # average probabilities, or 'hard': count decisions
                        simultaneous: bool = True, # False: the paper's columns
                        familywise: bool = False, # make all points' certificates hold together
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
-    "`certify` for statistics that a run has kept."
+    "`certify` for statistics that a run has kept; ValueError for 'betting', which needs every output in its order."
+    if bound == 'betting': raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...), or another bound')
     n, counts = stats.n_models, stats.votes / stats.n_models
-    mean, square = (counts, counts) if votes == 'hard' else (stats.mean, stats.second_moment)
-    sides = lambda level: _betting_kept(stats, level, votes) if bound == 'betting' else _statistics_sides(bound, n, mean, square, level)
+    mean = counts if votes == 'hard' else stats.mean
+    sides = lambda level: _statistics_sides(stats, bound, votes, level)
     return _certify(n, mean, sides, noise, alpha, bound, votes, simultaneous, familywise, radius_arguments)
 
-def _statistics_sides(bound, n, mean, square, level):
-    "Lower and upper bounds of all classes from sums."
-    if bound != 'clopper_pearson': return getattr(bounds, f'{bound}_moments')(n, mean, square, level)
-    if not np.array_equal(mean, square): raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
-    return bounds.clopper_pearson_hits(n, np.round(n*mean), level)
+def _statistics_sides(stats, bound, votes, level):
+    "Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the latter."
+    n, lost = stats.n_models, stats.diverged / stats.n_models
+    if bound == 'clopper_pearson':
+        decided = votes == 'hard' or np.array_equal(stats.mean, stats.second_moment)
+        if not decided: raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
+        side = lambda hits: bounds.clopper_pearson_hits(n, hits, level)
+        return side(stats.votes)[0], side(stats.votes + stats.diverged)[1]
+    slack = 0. if votes == 'hard' else stats.rounding
+    mean, square = (stats.votes / n,) * 2 if votes == 'hard' else (stats.mean, stats.second_moment)
+    side = lambda m, s: getattr(bounds, f'{bound}_moments')(n, np.clip(m, 0, 1), s + 8*slack, level)
+    return side(mean - slack, square)[0], side(mean + lost + slack, square + lost)[1]
 
 # %% ../nbs/03_certificate.ipynb #b10ab3b8
 def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smoothed models
@@ -245,20 +255,6 @@ def _betting_sides(x, level):
     if x.shape[2] > 2: return bounds.betting(x, level)
     low, high = bounds.betting(x[..., 1], level)
     return np.stack([1 - high, low], 1), np.stack([1 - low, high], 1)
-
-# %% ../nbs/03_certificate.ipynb #bf7d9779
-def with_betting(stats: VoteStatistics, # of these outputs
-                 probabilities, # (n_models, n_points, n_classes), in the order of the models
-                 level: float # of one side, see `side_level`
-                ) -> VoteStatistics: # the same, with `betting`
-    "Statistics that `certify_statistics` can use with bound='betting', at this level only."
-    return replace(stats, betting=(float(level), *_betting_sides(check_probabilities(probabilities), level)))
-
-def _betting_kept(stats, level, votes):
-    "Stored betting bounds, if they are of this level."
-    if stats.betting is None or votes != 'soft': raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...) or keep its bounds by with_betting')
-    if not np.isclose(stats.betting[0], level, rtol=1e-12): raise ValueError(f'betting bounds were kept for the level {stats.betting[0]:g} per side, not for {level:g}')
-    return stats.betting[1:]
 
 # %% ../nbs/03_certificate.ipynb #9c922fef
 def _tolerated(certificate, n_poisoned):

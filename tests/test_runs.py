@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as budget, strategies as st
 
-from rab_nb import runs
+from rab_nb import runs, store
 from rab_nb.certificate import VoteStatistics, certify, certify_statistics
 from rab_nb.noise import GaussianNoise
 
@@ -19,6 +19,15 @@ DRILL = dict(kind='drill', n_models=7, shard_size=3, n_points=5)
 TINY = dict(kind='dnn', n_models=4, shard_size=2, data=dict(name='digits', classes=[0, 1]), attack=dict(trigger='one_pixel', norm=1., rate=.1, target=0, seed=0),
             noise='GaussianNoise(sigma=1.0)', module=dict(name='digits_cnn'), dp=None,
             train=dict(epochs=1, batch_size=32, lr=3e-3, random_state=0, precision='float32', stack=2))
+MODULE_DEFAULTS = {
+    'mnist_cnn': dict(n_outputs=1, n_channels=1),
+    'digits_cnn': dict(n_outputs=1, n_channels=1, width=16, size=8),
+    'photos_cnn': dict(n_outputs=1, width=16),
+    'mlp': dict(n_outputs=1, width=64),
+    'preact_resnet': dict(n_outputs=1, n_blocks=5, widths=(16, 32, 64), norm='batch', stem_stride=1),
+    'small_resnet': dict(n_outputs=1, stem_stride=2, norm='batch'),
+    'resnet18': dict(n_outputs=1, weights=None, norm='batch'),
+}
 values = st.recursive(st.none() | st.booleans() | st.text(max_size=5) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
                       lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3), max_leaves=8)
 
@@ -45,9 +54,36 @@ def test_equal_settings_have_one_identity():
     assert runs.run_id({'a': 1, 'b': {'c': .1, 'd': [1, 2]}}) == runs.run_id({'b': {'d': (1., np.int64(2)), 'c': np.float64(.1)}, 'a': np.float32(1)})
 
 
-@pytest.mark.parametrize('change', [{'n_points': 6}, {'n_models': 8}, {'shard_size': 2}, {'random_state': 1}, {'seconds': 1e-300}])
-def test_different_settings_have_different_identities(change):
-    assert runs.run_id(DRILL) != runs.run_id(DRILL | change)
+@pytest.mark.parametrize('change', [{'n_points': 6}, {'random_state': 1}, {'seconds': 1e-300}])
+def test_different_settings_have_different_identities(change, tmp_path):
+    assert runs.open_run(DRILL, tmp_path).id != runs.open_run(DRILL | change, tmp_path).id
+
+
+@pytest.mark.parametrize('change', [{'n_models': 8}, {'shard_size': 2}, {'module': {'name': 'digits_cnn', 'width': 16}}, {'attack': TINY['attack'] | {'source': None}},
+                                    {'train': TINY['train'] | {'start': 'own', 'label_noise': 0.0, 'test_sigma': None}}, {'train': TINY['train'] | {'stack': 1}},
+                                    {'data': TINY['data'] | {'download': True}}])
+def test_sizes_and_defaults_are_no_part_of_a_name(change, tmp_path):
+    "An option that is invented tomorrow is at its default in every run of today."
+    assert runs.open_run(TINY, tmp_path, 'cpu').id == runs.open_run(TINY | change, tmp_path, 'cpu').id
+
+
+@pytest.mark.parametrize('change', [{'train': TINY['train'] | {'epochs': 2}}, {'train': TINY['train'] | {'label_noise': .1}}, {'train': TINY['train'] | {'precision': 'bf16'}},
+                                    {'module': {'name': 'digits_cnn', 'width': 4}}, {'noise': 'GaussianNoise(sigma=1.5)'}, {'data': TINY['data'] | {'random_state': 1}}])
+def test_whatever_changes_numbers_changes_the_name(change, tmp_path):
+    assert runs.open_run(TINY, tmp_path, 'cpu').id != runs.open_run(TINY | change, tmp_path, 'cpu').id
+
+
+def test_the_defaults_that_names_rest_on():
+    "Names leave these out: whoever changes one of them gives old blocks to other runs, unless ensemble.ENGINE is raised."
+    import inspect
+    from rab_nb import attacks, data, ensemble
+    from rab_nb.dp import DPSGD
+    defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in runs.ALWAYS | runs.MACHINE}
+    assert ensemble.ENGINE == 3
+    assert defaults(ensemble.TrainSpec) == dict(n_classes=2, label_noise=0., start='own', test_noise='stream', test_sigma=None, dp=None, snapshots=())
+    assert defaults(attacks.poison) == dict(source=None) and defaults(DPSGD) == dict(engine='ghost')
+    assert defaults(data.load) == dict(classes=None, root=None, download=True, size=None)
+    assert {name: defaults(f) for name, f in runs.MODULES.items()} == MODULE_DEFAULTS
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, object(), {1: 2}, b'bytes', np.zeros(2), {'a': {'b': {1, 2}}}])
@@ -77,43 +113,55 @@ def test_hostile_ensemble_settings(change, tmp_path):
 def asked(monkeypatch):
     "The shards that were computed."
     said, compute_one = [], runs.compute
-    monkeypatch.setattr(runs, 'compute', lambda kind, settings, shard: said.append((settings['n_models'], shard)) or compute_one(kind, settings, shard))
+    monkeypatch.setattr(runs, 'compute', lambda kind, settings, models: said.append((models.start, models.stop)) or compute_one(kind, settings, models))
     return said
 
 
 def test_grown_ensemble_trains_new_models_only(tmp_path, asked):
     compute(TINY, tmp_path / 'a')
     grown = compute(TINY | {'n_models': 7}, tmp_path / 'a')
-    assert asked == [(4, 0), (4, 1), (7, 2), (7, 3)]
+    assert asked == [(0, 2), (2, 4), (4, 6), (6, 7)]
     at_once = compute(TINY | {'n_models': 7}, tmp_path / 'b')
     for name in ('triggered', 'clean', 'hashes'): assert np.array_equal(grown.arrays(name), at_once.arrays(name))
-    assert runs.summarize(grown).note['digest'] == runs.summarize(at_once).note['digest']
 
 
 def test_smaller_ensemble_of_a_larger_one(tmp_path, asked):
     compute(DRILL | {'n_models': 9}, tmp_path)
     assert compute(DRILL, tmp_path).arrays('probabilities').shape == (7, 5, 2)
-    assert asked[3:] == [(7, 2)]
+    assert asked == [(0, 3), (3, 6), (6, 9)]
 
 
-@pytest.mark.parametrize('change', [{'shard_size': 2}, {'n_points': 4}, {'random_state': 1}])
+def test_other_shards_of_the_same_models(tmp_path, asked):
+    "A run goes on with another shard_size; a model that lies in two files is taken once."
+    small = compute(DRILL, tmp_path)
+    grown = compute(DRILL | {'n_models': 12, 'shard_size': 5}, tmp_path)
+    assert asked[3:] == [(7, 10), (10, 12)]
+    whole = compute(DRILL | {'n_models': 12}, tmp_path / 'b').arrays('probabilities')
+    small.path(range(0, 3)).unlink()
+    compute(DRILL | {'shard_size': 7}, tmp_path)
+    runs.Job(grown, range(0, 12)).finish({'probabilities': whole}, {'seconds': 1.})
+    assert (grown.arrays('probabilities') == whole).all() and (grown.statistics('probabilities').votes == VoteStatistics.from_probabilities(whole).votes).all()
+
+
+@pytest.mark.parametrize('change', [{'n_points': 4}, {'random_state': 1}])
 def test_nothing_is_taken_from_another_experiment(change, tmp_path, asked):
     compute(DRILL, tmp_path)
     before = len(asked)
     other = compute(DRILL | {'n_models': 8} | change, tmp_path)
-    assert len(asked) - before == other.n_shards
+    assert len(asked) - before == len(other.shards)
 
 
 def test_damaged_shards_are_not_taken(tmp_path, asked):
     small = compute(DRILL, tmp_path)
-    small.path(0).write_bytes(small.path(0).read_bytes()[:-1])
-    compute(DRILL | {'n_models': 9}, tmp_path)
-    assert asked[3:] == [(9, 0), (9, 2)]
+    first = small.path(range(3))
+    first.write_bytes(first.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match='computed again'): compute(DRILL | {'n_models': 9}, tmp_path)
+    assert asked[3:] == [(0, 3), (7, 9)]
 
 
 # ---- two clients --------------------------------------------------------------------------------
 def test_without_locks_the_first_file_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, '_locked', lambda fd: True)
+    monkeypatch.setattr(store, '_locked', lambda fd: True)
     first, second = runs.claim(tmp_path / 'a'), runs.claim(tmp_path / 'a')
     first.commit(b'whole'); second.commit(b'late')
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('a', b'whole')]
@@ -122,9 +170,9 @@ def test_without_locks_the_first_file_stays(tmp_path, monkeypatch):
 def test_a_result_from_the_cluster_is_kept_while_another_client_holds_the_shard(tmp_path):
     asked = runs.open_run(DRILL, tmp_path)
     runs.prepare(asked)
-    other = runs.claim(asked.path(0))
-    runs.Job(asked, 0).finish({'probabilities': np.ones((3, 5, 2), np.float32)}, {})
-    assert asked.read(0)[0]['probabilities'].shape == (3, 5, 2)
+    other = runs.claim(asked.path(range(3)))
+    runs.Job(asked, range(3)).finish({'probabilities': np.ones((3, 5, 2), np.float32)}, {})
+    assert asked.read(range(3))[0]['probabilities'].shape == (3, 5, 2)
     other.release()
     assert [p.name for p in asked.folder.glob('.*')] == []
 
@@ -133,21 +181,21 @@ def test_a_result_from_the_cluster_is_kept_while_another_client_holds_the_shard(
 @pytest.mark.parametrize('shard_size', [1, 2, 3, 7, 100])
 def test_models_are_cut_into_shards(shard_size):
     s = DRILL | {'shard_size': shard_size}
-    assert [m for i in range(runs.n_shards(s)) for m in runs.models(s, i)] == list(range(7))
+    cut = runs.portions(range(7), shard_size)
+    assert [m for part in cut for m in part] == list(range(7)) and len(cut) == store.n_shards(s)
 
 
 @pytest.mark.parametrize('bound', ['hoeffding', 'empirical_bernstein'])
 def test_statistics_certify_like_the_outputs(bound, tmp_path):
-    "Certificates from a summary file equal those from all models' outputs at once."
+    "Certificates from sums equal those from all models' outputs at once, up to the rounding that the sums state."
     r = compute(DRILL | {'n_models': 50, 'shard_size': 8}, tmp_path)
     p = np.clip(r.arrays('probabilities'), .7, 1)
     skewed = np.stack([p[..., 0], 1 - p[..., 0]], -1)
     stats = VoteStatistics.from_probabilities(skewed)
     np.testing.assert_allclose(certify_statistics(stats, GaussianNoise(1.), bound=bound).radius, certify(skewed, GaussianNoise(1.), bound=bound).radius, rtol=1e-12)
-    runs.write_summary(runs.summarize(r), tmp_path / 's')
-    stored, direct = runs.read_summary(tmp_path / 's').statistics['probabilities'], r.arrays('probabilities').astype(np.float64)
-    np.testing.assert_allclose(stored.mean, [[math.fsum(direct[:, i, c]) / 50 for c in range(2)] for i in range(5)], rtol=1e-15)
-    np.testing.assert_allclose(stored.second_moment, [[math.fsum(direct[:, i, c]**2) / 50 for c in range(2)] for i in range(5)], rtol=1e-15)
+    stored, direct = r.statistics('probabilities'), r.arrays('probabilities').astype(np.float64)
+    np.testing.assert_allclose(stored.mean, [[math.fsum(direct[:, i, c]) / 50 for c in range(2)] for i in range(5)], atol=stored.rounding, rtol=0)
+    np.testing.assert_allclose(stored.second_moment, [[math.fsum(direct[:, i, c]**2) / 50 for c in range(2)] for i in range(5)], atol=3 * stored.rounding, rtol=0)
     assert (stored.votes[:, 0] == (direct[..., 0] >= direct[..., 1]).sum(0)).all() and (stored.votes.sum(1) == 50).all()
 
 
@@ -156,13 +204,13 @@ def test_statistics_do_not_depend_on_the_shards(tmp_path):
     assert (a.mean == b.mean).all() and (a.second_moment == b.second_moment).all()
 
 
-@pytest.mark.parametrize('odd, message', [(np.nan, 'nan'), (2., 'must lie')])
-def test_statistics_refuse_what_is_no_probability(odd, message, tmp_path):
+def test_statistics_refuse_what_is_no_probability(tmp_path):
     r = compute(DRILL, tmp_path)
     outputs = r.arrays('probabilities').astype(np.float32)
-    outputs[3, 2, 1] = odd
-    damaged = type('Damaged', (), dict(n_shards=1, read=lambda self, shard: ({'probabilities': outputs}, {})))()
-    with pytest.raises(ValueError, match=message): runs.statistics(damaged, 'probabilities')
+    outputs[3, 2, 1] = 2.
+    runs.Job(r, range(7)).finish({'probabilities': outputs}, {'seconds': 1.})
+    for shard in r.shards: r.path(shard).unlink()
+    with pytest.raises(ValueError, match='must lie'): r.statistics('probabilities')
 
 
 def test_ensemble_runs_are_the_classifier(tmp_path):
@@ -178,7 +226,7 @@ def test_ensemble_runs_are_the_classifier(tmp_path):
 def test_worker_of_another_version_refuses(tmp_path):
     r = runs.open_run(DRILL, tmp_path)
     with pytest.raises(RuntimeError, match='this worker would compute something else'):
-        runs.compute(runs.KINDS['drill'], r.settings | {'environment': {'version': 2}}, 0)
+        runs.compute(runs.KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
 
 
 def test_an_error_in_a_shard_is_reported_and_leaves_nothing(tmp_path):
@@ -188,7 +236,7 @@ def test_an_error_in_a_shard_is_reported_and_leaves_nothing(tmp_path):
         assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.safetensors'))
 
 
-def broken(settings, shard): return 1 / 0
+def broken(settings, models): return 1 / 0
 
 
 @pytest.mark.parametrize('n_jobs', [0, -2])
@@ -213,18 +261,19 @@ def mutated(content, rng):
 
 
 def test_two_thousand_hostile_files(tmp_path):
-    "Shards, summaries and settings, mutated 2,000 times: the file's own content, or ShardError, and nothing else."
+    "Shards, blocks and settings, mutated 2,000 times: the file's own content, or an error of ours, and nothing else."
     r = compute(DRILL, tmp_path)
-    runs.write_summary(runs.summarize(r), tmp_path / 'summary')
-    files = {r.path(1): lambda: r.read(1)[0], tmp_path / 'summary': lambda: vars(runs.read_summary(tmp_path / 'summary').statistics['probabilities']),
-             r.folder / 'settings.json': lambda: {'settings': np.array(runs.canonical(runs.read_settings(r.folder)))}}
+    runs.keep_blocks(tmp_path / 'blocks', [r])
+    second = range(3, 6)
+    files = {r.path(second): lambda: r.read(second)[0], tmp_path / 'blocks': lambda: runs.read_blocks(tmp_path / 'blocks')[0].sums,
+             r.folder / 'settings.json': lambda: {'settings': np.array(runs.canonical(store.read_settings(r.folder)))}}
     rng, refused = np.random.default_rng(0), 0
     for path, load in files.items():
         content, expected = path.read_bytes(), load()
         for _ in range(667):
             path.write_bytes(mutated(content, rng))
             try: got = load()
-            except runs.ShardError: refused += 1
+            except (runs.ShardError, runs.StatisticsError): refused += 1
             else: assert got.keys() == expected.keys() and all(np.array_equal(got[k], expected[k]) for k in expected)
         path.write_bytes(content)
     assert refused > 1900
@@ -234,8 +283,11 @@ def test_two_thousand_hostile_files(tmp_path):
                                      b'\x02' + b'\0' * 7 + b'[]', (2**62).to_bytes(8, 'little') + b'{}'])
 def test_other_formats_are_refused(content, tmp_path):
     r = compute(DRILL, tmp_path)
-    r.path(0).write_bytes(content)
-    with pytest.raises(runs.ShardError): r.read(0)
+    r.path(range(3)).write_bytes(content)
+    with pytest.raises(runs.ShardError): r.read(range(3))
+    (tmp_path / 'blocks').write_bytes(content)
+    with pytest.raises(runs.StatisticsError, match='Restore it'): runs.keep_blocks(tmp_path / 'blocks', [r])
+    assert (tmp_path / 'blocks').read_bytes() == content
 
 
 def test_absurd_sizes_are_refused_before_reading(tmp_path):
@@ -243,13 +295,15 @@ def test_absurd_sizes_are_refused_before_reading(tmp_path):
     import resource
     r = compute(DRILL, tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    os.truncate(r.path(0), 2**40)
-    with pytest.raises(runs.ShardError, match='more than MAX_SHARD_BYTES'): r.read(0)
+    first, second = range(3), range(3, 6)
+    os.truncate(r.path(first), 2**40)
+    with pytest.raises(runs.ShardError, match='more than MAX_SHARD_BYTES'): r.read(first)
+    with pytest.raises(runs.StatisticsError, match='more than MAX_SHARD_BYTES'): runs.read_blocks(r.path(first))
     header = json.dumps({'a': {'dtype': 'F32', 'shape': [2**30, 2**30], 'data_offsets': [0, 2**62]}}).encode()
-    r.path(1).write_bytes(len(header).to_bytes(8, 'little') + header)
-    with pytest.raises(runs.ShardError): r.read(1)
+    r.path(second).write_bytes(len(header).to_bytes(8, 'little') + header)
+    with pytest.raises(runs.ShardError): r.read(second)
     os.truncate(r.folder / 'settings.json', 2**40)
-    with pytest.raises(runs.ShardError, match='more than'): runs.read_settings(r.folder)
+    with pytest.raises(runs.ShardError, match='more than'): store.read_settings(r.folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
 
 
@@ -257,7 +311,7 @@ def test_a_pickle_in_the_store_is_never_loaded(tmp_path):
     class Bomb:
         def __reduce__(self): return os.mkdir, (str(tmp_path / 'ran'),)
     r = compute(DRILL, tmp_path)
-    for p in (r.path(0), r.folder / 'settings.json'): p.write_bytes(pickle.dumps(Bomb()))
+    for p in (r.path(range(3)), r.folder / 'settings.json'): p.write_bytes(pickle.dumps(Bomb()))
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); compute(DRILL, tmp_path)
     assert not (tmp_path / 'ran').exists() and r.missing() == []
 
@@ -267,7 +321,7 @@ def test_a_link_in_the_store_is_not_followed(tmp_path):
     r = runs.open_run(DRILL, tmp_path)
     r.folder.mkdir()
     (tmp_path / 'victim').write_text('precious')
-    (r.folder / '.00000.safetensors.part').symlink_to(tmp_path / 'victim')
+    (r.folder / '.00000-00002.safetensors.part').symlink_to(tmp_path / 'victim')
     with pytest.raises(OSError): compute(DRILL, tmp_path)
     assert (tmp_path / 'victim').read_text() == 'precious'
 
@@ -284,10 +338,10 @@ def test_command_line(tmp_path, capsys):
     ids = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert runs.main(['runs', 'list', *store]) == 0
     listing = capsys.readouterr().out
-    assert all(i in listing for i in ids) and '3/3' in listing and 'kind=drill' in listing
+    assert all(i in listing for i in ids) and '7 models' in listing and 'kind=drill' in listing
     folder = tmp_path / 'store' / ids[0]
-    (folder / '00001.safetensors').write_bytes(b'')
-    (folder / '.00002.safetensors.part').write_bytes(b'left by a dead client')
+    (folder / '00003-00005.safetensors').write_bytes(b'')
+    (folder / '.00006-00006.safetensors.part').write_bytes(b'left by a dead client')
     assert runs.main(['runs', 'verify', *store]) == 1 and '1 damaged' in capsys.readouterr().out
     with pytest.warns(UserWarning): assert runs.main(run) == 0
     assert runs.main(['runs', 'verify', *store, ids[0]]) == 0 and not list(folder.glob('.*'))
@@ -316,7 +370,7 @@ def test_rows_and_pairs(tmp_path, capsys):
 
 def test_a_run_in_progress_is_not_removed(tmp_path):
     r = compute(DRILL, tmp_path)
-    held = runs.claim(r.path(0))
+    held = runs.claim(r.path(range(3)))
     with pytest.raises(ValueError, match='is being computed right now'): runs.remove(r)
     held.release()
     runs.remove(r)
@@ -338,7 +392,7 @@ def test_bare_node(tmp_path):
     (tmp_path / 'wanted.json').write_text(json.dumps([DRILL, TINY]))
     args = ['run', '--settings', tmp_path / 'wanted.json', '--store', tmp_path, '--device', 'cpu', '--jobs', 1]
     done = subprocess.run([sys.executable, '-c', script, *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('shards complete') == 2, done.stderr
+    assert done.returncode == 0 and '7 of 7 models' in done.stdout and '4 of 4 models' in done.stdout, done.stderr
     assert '100%' in done.stderr
     done = subprocess.run([sys.executable, '-c', script, *map(str, args), '--scheduler', 'tcp://127.0.0.1:1', '--store', str(tmp_path / 'b')], capture_output=True, text=True)
     assert done.returncode == 2 and 'pip install "rab-nb[cluster]"' in done.stderr
@@ -348,6 +402,6 @@ def test_tables_on_a_bare_node(tmp_path):
     "Without nbdev, papermill, opacus, dask, torchvision or matplotlib, rows of a table can be computed."
     script = "import sys\nfor m in ('nbdev','papermill','opacus','dask','distributed','matplotlib','torchvision','fastcore'): sys.modules[m] = None\n" \
              "from rab_nb.runs import main; sys.exit(main(sys.argv[1:]))"
-    args = ['run', '--table', 7, '--rows', 1, '--pairs', 1, '--store', tmp_path, '--jobs', 1, '--device', 'cpu']
+    args = ['run', '--table', 7, '--rows', 1, '--pairs', 1, '--store', tmp_path, '--statistics', tmp_path / 'kept', '--jobs', 1, '--device', 'cpu']
     done = subprocess.run([sys.executable, '-c', script, *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0 and 'shards complete' in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count('1 of 1 models') == 3 and len(runs.read_blocks(tmp_path / 'kept/table7.safetensors')) == 3, done.stderr

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in path.parts[len(ROOT.parts):]))
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == 'experiments']
+ROOMS = {'store.ipynb': '29_store.ipynb'}  # notebooks of nbs/internals have no number: where they stand
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
@@ -20,7 +21,7 @@ def cells(path, kind='code'):
 def module_numbers():
     numbers = {}
     for path in NOTEBOOKS:
-        if match := re.match(r'(\d+[a-z]?)_\w+\.ipynb', path.name):
+        if match := re.match(r'(\d+[a-z]?)_\w+\.ipynb', ROOMS.get(path.name, path.name)):
             for source in cells(path):
                 if name := re.search(r'^#\s*\|\s*default_exp\s+(\w+)', source, re.M):
                     numbers[name[1]] = min(match[1], numbers.get(name[1], match[1]))
