@@ -545,8 +545,9 @@ class Voter(ClassifierMixin):
         return self.classes_[best]
 
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
-        "Certificates at X, see `certificate.certify`; predictions are positions in `classes_`, -1 abstains."
-        return certify(self.model_probabilities(X), self.noise_, alpha, bound, votes, **options)
+        "Certificates at X, see `certificate.certify`; its `labels` are `classes_`, None where it abstains."
+        p = self.model_probabilities(X)
+        return certify(p, self.noise_, alpha, bound, votes, classes=self.classes_, **options)
 
 # %% ../nbs/20_ensemble.ipynb #fc7617ba
 def finished(done: dict, # group number -> result

@@ -266,7 +266,7 @@ def test_csv_with_a_lost_field_or_bytes(tmp_path):
     path = tmp_path/'c.csv'
     certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.)).to_csv(path)
     content = path.read_bytes()
-    for change, words in ((content[:-40], 'line 4: '), (content + b'0,1\n', 'line 5: 2 fields, the first line names 12'), (content + b'\xff\n', 'UTF-8'),
+    for change, words in ((content[:-40], 'line 4: '), (content + b'0,1\n', 'line 5: 2 fields, the first line names 14'), (content + b'\xff\n', 'UTF-8'),
                           (content + b'9' * 200_000, 'field larger')):
         path.write_bytes(change)
         with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
