@@ -97,7 +97,7 @@ def as_labels(name: str, # what a message calls them
               missing: bool = False # may None and NaN stand for an abstention?
              ) -> tuple: # list of n Python values, None where missing; their kind, None if all are missing
     "Labels and their kind: 'numbers', 'texts' or 'booleans'; ValueError for others, two at once, inf, a gap."
-    if np.ma.isMaskedArray(values): values = values.astype(object).filled(None)
+    if np.ma.isMaskedArray(values): values = np.where(values.mask, None, values.data.astype(object))
     array = np.asarray(values, dtype=object)
     if array.ndim != 1: raise ValueError(f'{name} must be labels (n,), got shape {array.shape}')
     labels = [_plain(v) for v in array]

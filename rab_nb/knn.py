@@ -654,7 +654,8 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
     def certify(self, X, distances=None):
         "Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains."
         laws = self.log_proba(X, distances)
-        return certificate_of(*laws, self.noise_, 'exact' if self.n_levels_ is None else 'quantised', self.classes_)
+        bound = 'exact' if self.n_levels_ is None else 'quantised'
+        return certificate_of(*laws, self.noise_, bound, self.classes_)
 
 # %% ../nbs/22_knn.ipynb #bcc56fa5
 def law(model, s, tops): # (b, n) distances, (b, C, k) nearest of every class

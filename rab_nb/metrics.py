@@ -26,8 +26,10 @@ def _strangers(prediction, name, labels):
     if not hasattr(prediction, 'labels'):
         check_comparable(name, labels, 'the predictions', _answers(prediction))
         return []
+    named = prediction.classes is not None and not prediction.numbered
     classes = as_labels('classes', [0] if prediction.classes is None else prediction.classes)
-    check_comparable(name, labels, "the certificate's classes", classes)
+    other = 'the classes' if named else 'classes without names (pass classes=... to certify)'
+    check_comparable(name, labels, other, classes)
     if prediction.classes is None: return [v for v in labels[0] if v < 0 or v != int(v)]
     known = set(classes[0])
     return [v for v in labels[0] if v not in known]
