@@ -31,7 +31,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .certificate import exact_certificate
+from .certificate import check_classes, exact_certificate
 from .chi import cardinal_coefficients, chebyshev_nodes, interpolation, lattice, panel_width, stencil, unsoftplus
 from .noise import GaussianNoise
 
@@ -593,6 +593,7 @@ def class_numbers(y, n: int) -> tuple: # labels; number of training points -> cl
     "The classes in order and every row's number among them, or a ValueError."
     y = np.asarray(y)
     if y.shape != (n,): raise ValueError(f'y must have shape ({n},), one label for each row of X, got {y.shape}')
+    if y.dtype.kind in 'cSVMm': raise ValueError(f'y must hold numbers, texts or booleans, got {y.dtype}')
     if y.dtype.kind == 'f' and not np.isfinite(y).all(): raise ValueError('y contains NaN or infinity')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -651,8 +652,10 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         p = self.predict_proba(X)
         return self.classes_[p.argmax(1)]
     def certify(self, X, distances=None):
-        "Certificates without sampling error (alpha = 0); predictions are positions in `classes_`, -1 abstains."
-        return certificate_of(*self.log_proba(X, distances), self.noise_, 'exact' if self.n_levels_ is None else 'quantised')
+        "Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains."
+        laws = self.log_proba(X, distances)
+        bound = 'exact' if self.n_levels_ is None else 'quantised'
+        return certificate_of(*laws, self.noise_, bound, self.classes_)
 
 # %% ../nbs/22_knn.ipynb #bcc56fa5
 def law(model, s, tops): # (b, n) distances, (b, C, k) nearest of every class
@@ -737,9 +740,14 @@ def normalised(log_p) -> np.ndarray: # (n, C)
     return p / p.sum(1, keepdims=True)
 
 # %% ../nbs/22_knn.ipynb #17eb39c2
-def certificate_of(log_p, error, noise, bound='exact'): # (n, C) logarithms and relative errors; 'quantised' for the paper's classifier
+def certificate_of(log_p, error, # (n, C) logarithms and their relative errors
+                   noise, # the smoothing noise
+                   bound: str = 'exact', # or 'quantised', for the paper's classifier
+                   classes=None # (C,) labels; None: 0 .. C-1
+                  ):
     "Certificate from probabilities rounded to the safe side."
     upper, top = np.minimum(log_p + np.log1p(error), 0), log_p.argmax(1)
     others = np.where(np.arange(log_p.shape[1]) == top[:, None], -np.inf, upper)
-    log_q_a, log_p_b = np.minimum(log_sum(others), 0), others.max(1)
-    return exact_certificate(top, -np.expm1(log_q_a), np.exp(log_p_b), noise, log_q_a=log_q_a, log_p_b=log_p_b, bound=bound)
+    logs = np.minimum(log_sum(others), 0), others.max(1)
+    classes = log_p.shape[1] if classes is None else check_classes(classes, log_p.shape[1])
+    return exact_certificate(top, -np.expm1(logs[0]), np.exp(logs[1]), noise, *logs, bound, classes)

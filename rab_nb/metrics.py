@@ -7,26 +7,61 @@ __all__ = ['prediction_accuracy', 'certified_rate', 'certified_accuracy', 'const
            'attack_success_rate', 'abstention_rate']
 
 # %% ../nbs/04_metrics.ipynb #97a0ebf9
+import warnings
+
 import numpy as np
 
-# %% ../nbs/04_metrics.ipynb #ef22814a
-def _predictions(prediction, y=None):
-    "Predictions, and labels of the same length if given, as arrays; ValueError otherwise."
-    positions = hasattr(prediction, 'prediction')
-    prediction = np.asarray(getattr(prediction, 'prediction', prediction))
-    y = prediction if y is None else np.asarray(y)
-    if positions and y is not prediction and not (y.dtype.kind in 'biu' and (y >= 0).all()):
-        raise ValueError(f'a certificate predicts positions in `classes_`, so labels must be whole numbers >= 0: pass classes_.searchsorted(y), got {np.unique(y)[:5].tolist()}')
-    if prediction.ndim != 1 or prediction.shape != y.shape or not len(y):
-        raise ValueError(f'predictions and labels must be arrays (n_points,) of one length >= 1, got shapes {prediction.shape} and {y.shape}')
-    return prediction, y
+from .certificate import as_labels, check_comparable
 
-def prediction_accuracy(prediction, # (n_points,) classes with -1 for abstain, or a Certificate
+# %% ../nbs/04_metrics.ipynb #ef22814a
+def _answers(prediction):
+    "What a certificate or plain predictions answer: labels, None where abstaining, and their kind."
+    answers = as_labels('predictions', getattr(prediction, 'labels', prediction), missing=True)
+    if not answers[0]: raise ValueError('predictions must hold one label at least, got shape (0,)')
+    return answers
+
+# %% ../nbs/04_metrics.ipynb #1abe1506
+def _strangers(prediction, name, labels):
+    "Labels that are no class of a certificate; ValueError where they could not be one."
+    if not hasattr(prediction, 'labels'):
+        check_comparable(name, labels, 'the predictions', _answers(prediction))
+        return []
+    named = prediction.classes is not None and not prediction.numbered
+    classes = as_labels('classes', [0] if prediction.classes is None else prediction.classes)
+    other = 'the classes' if named else 'classes without names (pass classes=... to certify)'
+    check_comparable(name, labels, other, classes)
+    if prediction.classes is None: return [v for v in labels[0] if v < 0 or v != int(v)]
+    known = set(classes[0])
+    return [v for v in labels[0] if v not in known]
+
+def _check_truth(prediction, labels):
+    "ValueError, or a warning, for true labels that are no class of a certificate."
+    unknown, n = _strangers(prediction, 'y', labels), len(labels[0])
+    if not unknown: return
+    if prediction.classes is None or prediction.numbered:
+        raise ValueError(f'y holds {unknown[0]!r}, but the classes of this certificate have no names, '
+                         'only the numbers 0, 1, ...: pass classes=... to certify, or use .named(classes)')
+    classes = prediction.classes.tolist()[:10]
+    said = f'{len(unknown)} of {n} labels y, such as {unknown[0]!r}, are not among the classes {classes}'
+    if len(unknown) == n: raise ValueError(f'{said}: are they called otherwise?')
+    warnings.warn(f'{said}, and count as wrong', stacklevel=4)
+
+# %% ../nbs/04_metrics.ipynb #1abe1509
+def _right(prediction, y):
+    "Which points are predicted correctly: (n_points,) booleans."
+    (answers, _), truth = _answers(prediction), as_labels('y', y)
+    if len(answers) != len(truth[0]):
+        raise ValueError(f'predictions and labels differ in length: ({len(answers)},) and ({len(truth[0])},)')
+    _check_truth(prediction, truth)
+    return np.array([a == t for a, t in zip(answers, truth[0])])
+
+def prediction_accuracy(prediction, # a Certificate, or (n_points,) labels with None or NaN for abstain
                         y # (n_points,), true labels
                        ) -> float: # in [0, 1]
-    "Share of points predicted correctly; abstaining is not correct."
-    prediction, y = _predictions(prediction, y)
-    return float((prediction == y).mean())
+    """Share of points predicted correctly; abstaining is not correct. A true label that is no class of the
+    certificate makes its point wrong, with a warning. ValueError if it is of another kind than the classes,
+    if these have no names, or if no label is a class."""
+    return float(_right(prediction, y).mean())
 
 # %% ../nbs/04_metrics.ipynb #eba401a6
 def _above(certificate, r):
@@ -40,40 +75,51 @@ def _above(certificate, r):
 def certified_rate(certificate, # a Certificate, or radii (n_points,)
                    r # total norm, or an array of them, >= 0
                   ): # share in [0, 1], of the shape of r
-    "Share of points certified at a radius above `r`, right or wrong."
+    "Share of points certified at a radius above `r`, right or wrong. ValueError for r < 0 or unknown radii."
     return _above(certificate, r).mean(-1)[()]
 
 def certified_accuracy(certificate, # a Certificate
                        y, # (n_points,), true labels
                        r # total norm, or an array of them, >= 0
                       ): # share in [0, 1], of the shape of r
-    "Share of points predicted correctly and certified at a radius above `r`."
-    prediction, y = _predictions(certificate, y)
-    return ((prediction == y) & _above(certificate, r)).mean(-1)[()]
+    """Share of points predicted correctly and certified at a radius above `r`. ValueError for r < 0, for
+    radii that are not known, and for labels that `prediction_accuracy` refuses."""
+    if not hasattr(certificate, 'radius'):
+        raise ValueError(f'certified accuracy needs a certificate, got {type(certificate).__name__}')
+    return (_right(certificate, y) & _above(certificate, r)).mean(-1)[()]
 
 # %% ../nbs/04_metrics.ipynb #4eb18603
 def constant_accuracy(y, # (n_points,), true labels of the points scored
-                      constant: int # the class always answered
+                      constant # the class always answered, a label
                      ) -> float: # in [0, 1]
     "Score of a classifier that answers `constant` to everything, at every radius."
-    return prediction_accuracy(np.full(len(y), constant), y)
+    return prediction_accuracy([constant] * len(y), y)
 
 # %% ../nbs/04_metrics.ipynb #5e8811b3
-def clean_accuracy(prediction, # (n_points,) classes with -1 for abstain, or a Certificate, on untouched test points of all classes
+def clean_accuracy(prediction, # a Certificate, or (n_points,) labels, on untouched test points of all classes
                    y # (n_points,), true labels
                   ) -> float: # in [0, 1]
-    "Share of untouched test points predicted correctly."
+    "Share of untouched test points predicted correctly, see `prediction_accuracy`."
     return prediction_accuracy(prediction, y)
 
 # %% ../nbs/04_metrics.ipynb #72865390
-def attack_success_rate(prediction, # (n_points,) classes, or a Certificate, on triggered test points of the source class
-                        target: int # the class that the attacker wants
+def attack_success_rate(prediction, # a Certificate, or (n_points,) labels, on triggered source-class points
+                        target # the class that the attacker wants, a label
                        ) -> float: # in [0, 1]
-    "Share of triggered source-class points that are taken for the target class."
-    return float((_predictions(prediction)[0] == target).mean())
+    """Share of triggered source-class points that are taken for the target class. ValueError for a target
+    that is no class of the certificate, or of another kind than the plain predictions."""
+    wanted = as_labels('target', [target])
+    if _strangers(prediction, 'target', wanted):
+        classes = 'the numbers 0, 1, ...' if prediction.classes is None else prediction.classes.tolist()[:10]
+        raise ValueError(f'target must be one of the classes, {classes}, got {target!r}')
+    return float(np.mean([a == wanted[0][0] for a in _answers(prediction)[0]]))
 
 # %% ../nbs/04_metrics.ipynb #a0eeace8
-def abstention_rate(certificate # a Certificate, or predictions with -1 for abstain
+def abstention_rate(certificate # a Certificate, or (n_points,) labels with None or NaN for abstain
                    ) -> float: # in [0, 1]
-    "Share of points without a certified prediction."
-    return attack_success_rate(certificate, -1)
+    """Share of points without a certified prediction. ValueError for an array of whole numbers with a -1 in
+    it, which may be a class, or an abstention among positions."""
+    plain = np.asarray(() if hasattr(certificate, 'labels') else certificate)
+    if plain.dtype.kind == 'i' and (plain == -1).any():
+        raise ValueError('-1 may be a class or an abstention: pass the certificate, or its labels')
+    return float(np.mean([a is None for a in _answers(certificate)[0]]))

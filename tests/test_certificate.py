@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,7 +12,9 @@ from scipy import stats
 
 from rab_nb import bounds
 from rab_nb.certificate import Certificate, VoteStatistics, certify, certify_statistics, exact_certificate
-from rab_nb.metrics import abstention_rate, certified_accuracy, certified_rate, prediction_accuracy
+from rab_nb.knn import SmoothedKNNClassifier
+from rab_nb.metrics import (abstention_rate, attack_success_rate, certified_accuracy, certified_rate, clean_accuracy,
+                            constant_accuracy, prediction_accuracy)
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, rng
 
 DRAWS = 20_000
@@ -202,15 +205,27 @@ noises = st.one_of(st.floats(1e-300, 1e300).map(GaussianNoise), st.floats(1e-3, 
                    st.tuples(st.floats(-10, 0), st.floats(.1, 10)).map(lambda ends: UniformNoise(*ends)))
 
 
+texts = st.text(st.characters(codec='utf-8'), max_size=5) | st.text(max_size=5)  # the second has lone surrogates
+floats = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def distinct(n, kinds=(st.integers(-2**70, 2**70), texts, floats, st.booleans())):
+    "Lists of n different labels of one kind; of booleans there are only two."
+    fitting = kinds if n <= 2 else kinds[:-1]
+    return st.one_of([st.lists(kind, min_size=n, max_size=n, unique=True) for kind in fitting])
+
+
 @st.composite
 def certificates(draw):
     n = draw(st.integers(1, 6))
+    classes = draw(st.none() | st.integers(1, 50) | st.integers(1, 4).flatmap(distinct))
+    last = 2**62 if classes is None else (classes if isinstance(classes, int) else len(classes)) - 1
     column = lambda elements: np.array(draw(st.lists(elements, min_size=n, max_size=n)))
-    prediction, p_a, p_b, noise = column(st.integers(-1, 2**62)).astype(np.int64), column(unit), column(unit), draw(noises)
+    prediction, p_a, p_b, noise = column(st.integers(-1, last)).astype(np.int64), column(unit), column(unit), draw(noises)
     arguments = draw(st.dictionaries(st.sampled_from(['d', 'n_poisoned']), st.integers(1, 10**6)))
     unknown = noise.norm == 'linf' and len(arguments) < 2
     radius = np.where((prediction >= 0) & (p_a > p_b), column(st.just(np.nan) if unknown else size), 0)
-    return Certificate(prediction=prediction, radius=radius, p_a=p_a, p_b=p_b, noise=noise, radius_arguments=arguments,
+    return Certificate(classes=classes, prediction=prediction, radius=radius, p_a=p_a, p_b=p_b, noise=noise, radius_arguments=arguments,
                        log_q_a=column(log) if draw(st.booleans()) else None, log_p_b=column(log) if draw(st.booleans()) else None,
                        alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])), votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
                        n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()))
@@ -222,7 +237,7 @@ def test_csv_round_trip_is_exact(tmp_path_factory, cert):
     path = tmp_path_factory.mktemp('csv')/'certificate.csv'
     cert.to_csv(path)
     back = Certificate.from_csv(path)
-    assert back == cert
+    assert back == cert and back.numbered == cert.numbered and repr(back.labels.tolist()) == repr(cert.labels.tolist())
     assert back.radius.tobytes() == cert.radius.tobytes() or np.isnan(cert.radius).any()
     back.to_csv(path)
     assert Certificate.from_csv(path) == cert
@@ -266,7 +281,7 @@ def test_csv_with_a_lost_field_or_bytes(tmp_path):
     path = tmp_path/'c.csv'
     certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.)).to_csv(path)
     content = path.read_bytes()
-    for change, words in ((content[:-40], 'line 4: '), (content + b'0,1\n', 'line 5: 2 fields, the first line names 12'), (content + b'\xff\n', 'UTF-8'),
+    for change, words in ((content[:-40], 'line 4: '), (content + b'0,1\n', 'line 5: 2 fields, the first line names 14'), (content + b'\xff\n', 'UTF-8'),
                           (content + b'9' * 200_000, 'field larger')):
         path.write_bytes(change)
         with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
@@ -284,6 +299,213 @@ def test_metrics_against_a_loop():
         assert certified_rate(cert, r) == sum(ri > r for _, _, ri in points)/200
         assert certified_accuracy(cert, y, r) == sum(c == yi and ri > r for c, yi, ri in points)/200
     assert prediction_accuracy(cert, y) == sum(c == yi for c, yi, _ in points)/200
+
+
+# Labels -----------------------------------------------------------------------------------------
+
+NAMES = {'1, 2': [1, 2], '-1, 1': [-1, 1], '1, -1': [1, -1], 'texts': ['no', 'yes'], 'numbers as texts': ['1', '0'],
+         'booleans': [False, True], 'floats': [.5, 2.], '0, 1, 3, 4': [0, 1, 3, 4], 'int8': np.int8([3, -1]),
+         'uint64': np.uint64([2**64 - 1, 0]), 'beyond float64': [2**53, 2**53 + 1], 'int and float': [2**53 + 1, .5],
+         'objects': np.array(['b', 'a'], object), 'categories': pd.Categorical(['b', 'a']),
+         'nullable': pd.array([7, 5], 'Int64'), 'empty text': ['', 'abstain'], 'odd texts': ['<b>', 'a,"b"\r\n\0\ud800']}
+FORMS = (list, tuple, lambda v: np.array(v, object), lambda v: pd.Series(v, index=range(7, 7 + len(v)), dtype=object),
+         lambda v: pd.Series(v, dtype=object).astype('category'))
+MANY = 60
+
+
+def outputs_and_columns(n_classes, seed=0):
+    "Outputs of 150 models at 60 points, true columns, a certificate without names; some points abstain, some are wrong."
+    g = np.random.default_rng(seed)
+    column = g.integers(n_classes, size=MANY)
+    favoured = np.where(g.random(MANY) < .2, g.integers(n_classes, size=MANY), column)
+    p = np.stack([g.dirichlet(1 + 8*g.random()*(np.arange(n_classes) == c), 150) for c in favoured], 1)
+    return p, column, certify(p, GaussianNoise(1.))
+
+
+def by_hand(cert, column, r):
+    "The metrics counted point by point, in columns, where nobody can mistake an abstention for a class."
+    answers = [None if c == -1 else c for c in cert.prediction.tolist()]
+    points = list(zip(answers, column.tolist(), cert.radius))
+    share = lambda rule: sum(rule(*point) for point in points)/len(points)
+    return dict(accuracy=share(lambda c, t, _: c == t), certified=share(lambda c, t, radius: c == t and radius > r),
+                rate=share(lambda c, t, radius: radius > r), attack=share(lambda c, t, _: c == 0),
+                abstains=share(lambda c, t, _: c is None), constant=share(lambda c, t, _: t == 0))
+
+
+def by_metrics(cert, y, target, r):
+    assert clean_accuracy(cert, y) == prediction_accuracy(cert, y) == prediction_accuracy(cert.labels, y)
+    assert attack_success_rate(cert, target) == attack_success_rate(cert.labels, target)
+    assert abstention_rate(cert) == abstention_rate(cert.labels)
+    return dict(accuracy=prediction_accuracy(cert, y), certified=certified_accuracy(cert, y, r),
+                rate=certified_rate(cert, r), attack=attack_success_rate(cert, target),
+                abstains=abstention_rate(cert), constant=constant_accuracy(y, target))
+
+
+@pytest.mark.parametrize('names', NAMES.values(), ids=NAMES)
+def test_metrics_speak_the_labels_of_the_user(names, tmp_path):
+    "Every metric is what a count in columns gives, whatever the classes are called and whatever the labels come in."
+    p, column, plain = outputs_and_columns(len(names))
+    assert .1 < abstention_rate(plain) < .9 and .1 < prediction_accuracy(plain, column) < .95
+    cert, wanted = certify(p, GaussianNoise(1.), classes=names), by_hand(plain, column, .3)
+    values = list(names)
+    y = [values[c] for c in column]
+    for labels in [form(y) for form in FORMS]:
+        if list(labels) == y: assert by_metrics(cert, labels, values[0], .3) == pytest.approx(wanted)
+        else: assert 2**53 + 1 in y and labels.dtype == 'category'  # pandas has rounded them
+    assert [v is None or v != v for v in cert.labels] == (plain.prediction < 0).tolist()
+    assert all(label == values[c] for label, c in zip(cert.labels, plain.prediction) if c >= 0)
+    cert.to_csv(tmp_path/'c.csv')
+    back, first = Certificate.from_csv(tmp_path/'c.csv'), int(np.argmax(plain.prediction >= 0))
+    assert back == cert and by_metrics(back, y, values[0], .3) == pytest.approx(wanted)
+    assert repr(back.classes.tolist()) == repr(cert.classes.tolist()) and back.classes.dtype == cert.classes.dtype
+    assert f'class {cert.labels.tolist()[first]!r},' in cert.explain(first)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(2, 4), st.integers(0, 50))
+def test_metrics_do_not_depend_on_names(data, n_classes, seed):
+    "Any two ways of calling the classes give the same scores."
+    p, column, plain = outputs_and_columns(n_classes, seed)
+    wanted, r = by_hand(plain, column, .2), .2
+    for _ in range(2):
+        names = data.draw(distinct(n_classes))
+        cert = plain.named(names) if data.draw(st.booleans()) else certify(p, GaussianNoise(1.), classes=names)
+        assert by_metrics(cert, [names[c] for c in column], names[0], r) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize('shift', [1, -1, 7])
+def test_labels_that_are_no_columns_are_refused_where_classes_have_no_names(shift):
+    p, column, plain = outputs_and_columns(2)
+    with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, column + shift)
+    with pytest.raises(ValueError, match='pass classes='): certified_accuracy(plain, column + shift, [0, .5])
+    for words in (['no', 'yes'], ['0', '1']):
+        with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, np.array(words)[column])
+    assert prediction_accuracy(plain, column == 1) == prediction_accuracy(plain, column)
+
+
+def test_labels_of_another_kind_or_none_of_the_classes():
+    p, column, plain = outputs_and_columns(2)
+    y = np.array(['no', 'yes'])[column]
+    cert = plain.named(['no', 'yes'])
+    gap = 'NaN at point 0'
+    for bad, words in ((column, 'numbers such as'), (column == 1, 'booleans such as'), (y[None], r'\(1, 60\)'),
+                       (np.full(MANY, 'maybe'), "60 of 60 labels y, such as 'maybe'"), ([None, *y[1:]], gap),
+                       ([np.nan, *y[1:]], gap), ([pd.NA, *y[1:]], gap), ([1, *y[1:]], 'numbers and texts'),
+                       ([b'no']*MANY, 'bytes'), (np.zeros(MANY, 'M8[D]'), 'got date'), (np.zeros(MANY, complex), 'complex')):
+        with pytest.raises(ValueError, match=words): prediction_accuracy(cert, bad)
+        with pytest.raises(ValueError, match=words): certified_accuracy(cert, bad, .1)
+    with pytest.raises(ValueError, match='booleans such as True'): prediction_accuracy(plain.named([1, 2]), column == 1)
+    with pytest.raises(ValueError, match='finite'): prediction_accuracy(plain, np.where(column, np.inf, 0))
+    masked = np.ma.masked_array(column, np.arange(MANY) == 3)
+    with pytest.raises(ValueError, match='NaN at point 3'): prediction_accuracy(plain, masked)
+
+
+def test_a_class_that_training_had_not_counts_as_wrong():
+    p, column, plain = outputs_and_columns(2)
+    cert, y = plain.named(['a', 'b']), np.array(['a', 'b'], object)[column]
+    y[:6] = 'c'
+    with pytest.warns(UserWarning, match="6 of 60 labels y, such as 'c'"): score = prediction_accuracy(cert, y)
+    assert score == np.mean([label == t for label, t in zip(cert.labels, y)]) < prediction_accuracy(plain, column)
+
+
+@pytest.mark.parametrize('target', ['maybe', 0, True, None, float('nan'), -1, ['no']])
+def test_a_target_that_is_no_class(target):
+    _, _, plain = outputs_and_columns(2)
+    with pytest.raises(ValueError): attack_success_rate(plain.named(['no', 'yes']), target)
+    if target not in (0, True):
+        with pytest.raises(ValueError): attack_success_rate(plain, target)
+    if target not in ('maybe',):
+        with pytest.raises(ValueError): attack_success_rate(['no', 'yes', 'no'], target)
+    assert attack_success_rate(['yes', 'yes'], 'no') == 0 and attack_success_rate([1, 0, None], True) == 1/3
+
+
+@pytest.mark.parametrize('classes, words', [
+    (['a'], 'must name 2'), (['a', 'b', 'c'], 'must name 2'), ([], 'must name 2'), (['a', 'a'], 'twice'), ([1, 1.], 'twice'),
+    ([1, True], 'booleans and numbers'), ([0, 'a'], 'numbers and texts'), ([0, np.nan], 'NaN'), (['a', None], 'None'),
+    ([0, np.inf], 'inf'), ('ab', r'shape \(\)'), ({'a', 'b'}, r'shape \(\)'), ([['a', 'b']], r'\(1, 2\)'),
+    ([b'a', b'b'], 'bytes'), (np.array(['2020', '2021'], 'M8[Y]'), 'date'), ([1 + 1j, 2], 'complex'),
+    ([('a',), ('b',)], r'\(2, 1\)')])
+def test_classes_that_name_nothing(classes, words):
+    p, _, plain = outputs_and_columns(2)
+    stats, columns = VoteStatistics.from_probabilities(p), plain.prediction.clip(0)
+    for make in (lambda: certify(p, GaussianNoise(1.), classes=classes), lambda: plain.named(classes),
+                 lambda: certify(p, GaussianNoise(1.), bound='betting', classes=classes),
+                 lambda: certify_statistics(stats, GaussianNoise(1.), classes=classes)):
+        with pytest.raises(ValueError, match=words): make()
+    if len(classes) < 2 or 'must name' not in words:
+        with pytest.raises(ValueError): replace(plain, classes=classes)
+        with pytest.raises(ValueError): exact_certificate(columns, 0*columns + .9, 0*columns, GaussianNoise(1.), classes=classes)
+
+
+@pytest.mark.parametrize('names', [[1, 2], [-1, 1], [0, 1, 3, 4], ['no', 'yes'], [False, True], [1., 2.], ['ham', 'eggs', 'spam']], ids=str)
+def test_classifiers_certify_in_the_labels_they_were_given(names):
+    "Computed certificates of nearest neighbours: accuracy is scikit-learn's score, and the labels are those of `predict`."
+    g = np.random.default_rng(0)
+    column = np.arange(80) % len(names)
+    x, y = column[:, None] + .6*g.standard_normal((80, 3)), np.array(names)[column]
+    model = SmoothedKNNClassifier(sigma=.3).fit(x[:40], y[:40])
+    cert, predicted = model.certify(x[40:]), model.predict(x[40:])
+    assert cert.classes.tolist() == model.classes_.tolist() and cert.labels.tolist() == predicted.tolist()
+    assert .5 < prediction_accuracy(cert, y[40:]) == prediction_accuracy(predicted, y[40:]) == model.score(x[40:], y[40:]) < 1
+    assert certified_accuracy(cert, y[40:], 0.) == model.score(x[40:], y[40:])
+    share = np.mean(predicted == names[0])
+    assert attack_success_rate(cert, names[0]) == attack_success_rate(predicted, names[0]) == share
+
+
+def test_ambiguous_abstentions_are_refused():
+    "A -1 among whole numbers may be a class of the user's or an abstention of `prediction`."
+    _, _, plain = outputs_and_columns(2)
+    with pytest.raises(ValueError, match='class or an abstention'): abstention_rate(plain.prediction)
+    assert abstention_rate([1, 0]) == 0 and abstention_rate(['a', None]) == abstention_rate([np.nan, 1.]) == .5
+    assert abstention_rate([None]) == 1
+
+
+def test_batches_make_one_certificate():
+    p, column, _ = outputs_and_columns(3)
+    cert = certify(p, GaussianNoise(1.), classes=['a', 'b', 'c'])
+    batches = [certify(p[:, i:i+25], GaussianNoise(1.), classes=['a', 'b', 'c']) for i in (0, 25, 50)]
+    assert Certificate.concatenate(batches) == Certificate.concatenate(iter(batches)) == Certificate.concatenate([cert]) == cert
+    for other in (replace(cert, alpha=.01), replace(cert, noise=GaussianNoise(2.)), cert.named(['a', 'c', 'b']),
+                  replace(cert, classes=None), replace(cert, log_p_b=np.log(cert.p_b))):
+        with pytest.raises(ValueError, match='1 differs from certificate 0 in '): Certificate.concatenate([cert, other])
+    family = certify(p, GaussianNoise(1.), familywise=True)
+    with pytest.raises(ValueError, match='in one call'): Certificate.concatenate([family, family])
+    with pytest.raises(ValueError, match='no certificates'): Certificate.concatenate([])
+
+
+def test_words_frames_and_pages_show_names():
+    _, _, plain = outputs_and_columns(2)
+    cert = plain.named(['<ham>', 'spam'])
+    won, lost = np.flatnonzero(cert.prediction >= 0), np.flatnonzero(cert.prediction < 0)
+    assert repr(cert.labels[won[0]]) in cert.explain(won[0]) and 'abstains' in cert.explain(lost[0])
+    lines = cert.explain([won[0], lost[0]]).split('\n')
+    assert len(lines) == 3 and lines[0].startswith(f'Point {won[0]}') and lines[1].startswith(f'Point {lost[0]}')
+    assert lines[2] == cert.explain() and cert.explain(slice(0, 2)).count('Point') == 2
+    assert cert.explain(cert.prediction < 0).count('\n') == len(lost) - 1
+    assert '<ham>' not in cert._repr_html_() and '&lt;ham&gt;' in cert[cert.prediction == 0]._repr_html_()
+    frame = cert.to_frame(index=range(100, 100 + MANY))
+    assert frame.index[0] == 100 and frame.label.isna().tolist() == (cert.prediction < 0).tolist()
+    assert set(frame.label.dropna()) == {'<ham>', 'spam'}
+    assert cert[won].labels.tolist() == cert.labels[won].tolist() and cert[won].classes.tolist() == ['<ham>', 'spam']
+
+
+def test_a_file_with_another_label_or_too_few_classes(tmp_path):
+    path = tmp_path/'c.csv'
+    certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.), classes=['ham', 'spam']).to_csv(path)
+    text = path.read_text()
+    label, names = 'line 2, column label: got ', '"[""ham"", ""spam""]"'
+    for old, new, words in (('1,spam', '1,ham', label + "'ham', must be 'spam'"), ('1,spam', '0,spam', label + "'spam', must be 'ham'"),
+                            (names, '"[""ham"", ""eggs""]"', label + "'spam', must be 'eggs'"),
+                            (names, '"[""ham""]"', 'line 2, column prediction: got 1, must be below 1'),
+                            *((names, other, 'JSON list of distinct labels') for other in ('"[""ham"", 1]"', '{}', '"[NaN, 1]"', '0')),
+                            (names, '1' + '0'*12, 'JSON list of distinct labels')):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
+    path.write_text(text.replace('""spam""', '""eggs""', 1))
+    with pytest.raises(ValueError, match='mixes'): Certificate.from_csv(path)
+    long = certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.), classes=['ham', 'spam'*40_000])
+    with pytest.raises(ValueError, match='too long'): long.to_csv(path)
 
 
 @pytest.mark.slow
