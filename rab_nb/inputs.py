@@ -84,17 +84,17 @@ def check_finite(x: np.ndarray, wide=None, # (n, ...) numbers; the same before t
     if not len(bad): return
     original = np.ravel(x[bad[0]] if wide is None else wide[bad[0]])
     value = original[~np.isfinite(x[bad[0]]).ravel()][0]
-    what = f'values too large for {x.dtype}' if np.isfinite(value) else 'values that are NaN or infinite'
-    raise ValueError(f'{name} holds {what} in {len(bad)} of {len(x)} rows, the first is {value} '
+    what = f'values too large for {x.dtype}' if np.isfinite(value) else 'NaN or infinity'
+    raise ValueError(f'{name} contains {what} in {len(bad)} of {len(x)} rows, the first is {value} '
                      f'in row {bad[0]}: remove, replace or rescale them')
 
 # %% ../nbs/05_inputs.ipynb #1a05c020
 def record_features(estimator, # a scikit-learn estimator in its `fit`
-                    X, x: np.ndarray # inputs as the user gave them, as an array (n, ...)
+                    X, shape: tuple # inputs as the user gave them, shape of one of them
                    ) -> None:
     "Set `feature_names_in_` (for frames), `n_features_in_` and `input_shape_`."
     validate_data(estimator, X, reset=True, skip_check_array=True, ensure_2d=False)
-    estimator.input_shape_, estimator.n_features_in_ = x.shape[1:], math.prod(x.shape[1:])
+    estimator.input_shape_, estimator.n_features_in_ = tuple(shape), math.prod(shape)
 
 # %% ../nbs/05_inputs.ipynb #1a05c024
 def image_hint(shape: tuple # of one input
