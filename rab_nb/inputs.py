@@ -50,7 +50,7 @@ def _from_frame(frame): # pandas, polars ...
 # %% ../nbs/05_inputs.ipynb #1a05c014
 def _as_array(X, columns, name): # as in `to_array`; names of the columns or None
     try: x = np.asarray(X) if columns is None else _from_frame(X)
-    except Exception as e: raise ValueError(f'{name} cannot be read as an array of numbers: {e}') from e
+    except Exception as e: raise ValueError(f'{name} cannot be read as numbers in equal rows: {e}') from e
     return _from_objects(x, columns, name) if x.dtype.kind == 'O' else x
 
 def to_array(X, # array, nested lists, tensor or data frame
@@ -63,11 +63,11 @@ def to_array(X, # array, nested lists, tensor or data frame
         raise ValueError(f'{name} has {np.ma.count_masked(X)} masked entries: fill or drop them first')
     x = _as_array(X, list(X.columns) if hasattr(X, 'columns') and hasattr(X, 'dtypes') else None, name)
     if x.dtype.kind == 'c':
-        raise ValueError(f'Complex data not supported: {name} has dtype {x.dtype}; '
+        raise ValueError(f'Complex data not supported: {name} must hold real numbers, got dtype {x.dtype}; '
                          'pass real and imaginary parts as features of their own')
     if x.dtype.kind not in 'biuf':
-        raise ValueError(f'{name} must be numeric, got dtype {x.dtype}: encode categories, dates and '
-                         f'text first; text that stands for numbers becomes them with {name}.astype(float)')
+        raise ValueError(f'{name} must be numeric and hold real numbers, got dtype {x.dtype}: encode categories '
+                         f'and dates first; text that stands for numbers goes through {name}.astype(float)')
     return x
 
 # %% ../nbs/05_inputs.ipynb #1a05c017
