@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from .inputs import image_hint, to_array
 from .noise import rng
 
 # %% ../nbs/10_data.ipynb #c3ce0fd4
@@ -102,9 +103,7 @@ def digest(*arrays: np.ndarray # any numeric arrays
 # %% ../nbs/10_data.ipynb #ee0dc863
 def _floats(name: str, x) -> np.ndarray: # (n, ...) float32, not writable
     "A float32 copy of numeric data."
-    try: a = np.array(x, dtype=np.float32) if np.asarray(x).dtype.kind in 'biufO' else None
-    except (TypeError, ValueError) as e: raise ValueError(f'{name} is not a numeric array of equal rows: {e}') from None
-    if a is None: raise ValueError(f'{name} has type {np.asarray(x).dtype}, allowed are real numbers: encode categories first')
+    a = np.array(to_array(x, name), dtype=np.float32)
     a.flags.writeable = False
     return a
 
@@ -119,6 +118,15 @@ def encode(name: str, # how the message calls the labels
     out.flags.writeable = False
     return out
 
+# %% ../nbs/10_data.ipynb #3b0a0002
+def _check_layout(x_train, x_test, shape): # as in `from_arrays`; shape of one input
+    train, test = (list(getattr(x, 'columns', [])) for x in (x_train, x_test))
+    if train and test and train != test:
+        raise ValueError(f'x_train has the columns {train}, x_test has {test}: '
+                         'they must be the same in the same order')
+    if len(shape) == 3 and min(shape[:2]) > 4 and image_hint(shape):
+        raise ValueError(f'x_train has inputs of shape {shape}' + image_hint(shape).replace('X', 'x_train'))
+
 # %% ../nbs/10_data.ipynb #75ff54fc
 def from_arrays(x_train, # (n, d) features or (n, c, h, w) images, real numbers
                 y_train, # (n,) labels of any kind
@@ -131,7 +139,9 @@ def from_arrays(x_train, # (n, d) features or (n, c, h, w) images, real numbers
                ) -> Task:
     "A `Task` from arrays of your own, copied, checked and made read-only."
     classes = tuple(np.unique(np.concatenate([np.unique(y_train), np.unique(y_test)])).tolist() if classes is None else classes)
-    arrays = (_floats('x_train', x_train), encode('y_train', y_train, classes), _floats('x_test', x_test), encode('y_test', y_test, classes))
+    arrays = (_floats('x_train', x_train), encode('y_train', y_train, classes),
+              _floats('x_test', x_test), encode('y_test', y_test, classes))
+    _check_layout(x_train, x_test, arrays[0].shape[1:])
     return Task(name, *arrays, classes, source, digest(*arrays), value_range)
 
 # %% ../nbs/10_data.ipynb #f694ee53
@@ -421,16 +431,29 @@ def _breast_cancer(classes, root, download, random_state) -> Task:
     return _pick('breast_cancer', raw, {'benign': 0, 'malignant': 1}, classes, source, digest(d.data, d.target), scale, value_range=None, stand_in_for='spambase')
 
 # %% ../nbs/10_data.ipynb #3b7aae6d
+def _upright(im): # opened image -> RGB, turned as its file says
+    from PIL import ImageOps
+    if im.mode[0] in 'IF':
+        raise ValueError(f'its pixels are of mode {im.mode!r}, more than 8 bits each; convert it first')
+    im = ImageOps.exif_transpose(im)
+    if 'transparency' not in im.info and 'a' not in im.mode.lower(): return im.convert('RGB')
+    im = im.convert('RGBA')
+    hidden = np.asarray(im.getchannel('A')) < 255
+    if hidden.any():
+        raise ValueError(f'{hidden.mean():.2%} of its pixels are transparent, and what is behind them is unknown; '
+                         'put it on a colour of your choice (Image.alpha_composite), and save it opaque')
+    return im.convert('RGB')
+
 def read_image(path, # an image file
                size: int # side of the result, in pixels
               ) -> np.ndarray: # (size, size, 3) uint8
-    "One image in RGB, resized (bilinear), its dimensions checked before it is decoded."
+    "One image in RGB, upright and resized (bilinear); ValueError where it is huge, deep, transparent or broken."
     from PIL import Image
     try:
         with Image.open(path) as im:
-            if im.width * im.height > 10**8: raise ValueError(f'{im.width} x {im.height} pixels; at most 10**8 are allowed')
-            if im.mode[0] in 'IF': raise ValueError(f'its pixels are of mode {im.mode!r}, more than 8 bits each; convert it to 8 bits first')
-            return np.asarray(im.convert('RGB').resize((size, size), Image.Resampling.BILINEAR))
+            if im.width * im.height > 10**8:
+                raise ValueError(f'{im.width} x {im.height} pixels; at most 10**8 are allowed')
+            return np.asarray(_upright(im).resize((size, size), Image.Resampling.BILINEAR))
     except Exception as e: raise ValueError(f'{path}: not a usable image: {e}') from e
 
 # %% ../nbs/10_data.ipynb #59c02fd3

@@ -12,9 +12,8 @@ __all__ = ['BIN', 'CACHED', 'FAR', 'SMALLEST', 'LEVELS', 'FIRST', 'GAUSS', 'KEEP
            'log_increments', 'exp_', 'chebyshev', 'increments', 'bucket_sums', 'every_bucket', 'gauss_rule',
            'bucket_rule', 'by_rule', 'quantised_group', 'quantised', 'pieces', 'noiseless_distances',
            'direct_distances', 'cancels', 'nearest', 'nearest_of_classes', 'check_features', 'check_count',
-           'check_vote', 'class_numbers', 'shared', 'centred', 'prepare', 'SmoothedKNNClassifier', 'law',
-           'check_resolution', 'block_law', 'workers', 'in_blocks', 'all_distances', 'all_laws', 'normalised',
-           'certificate_of']
+           'check_vote', 'shared', 'centred', 'prepare', 'SmoothedKNNClassifier', 'law', 'check_resolution',
+           'block_law', 'workers', 'in_blocks', 'all_distances', 'all_laws', 'normalised', 'certificate_of']
 
 # %% ../nbs/22_knn.ipynb #160a94de
 import math
@@ -27,12 +26,12 @@ import numpy as np
 import torch
 from scipy.special import gammaln
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
 from .certificate import check_classes, exact_certificate
 from .chi import cardinal_coefficients, chebyshev_nodes, interpolation, lattice, panel_width, stencil, unsoftplus
+from .inputs import check_device, check_labels, check_rows, device_name, record_features, warn_scale
 from .noise import GaussianNoise
 
 # %% ../nbs/22_knn.ipynb #dbadc623
@@ -563,15 +562,10 @@ def nearest_of_classes(s, y, n_classes: int, k: int) -> np.ndarray: # (b, C, k)
     return np.sort(nearest_points(s, y, n_classes, k)[0].cpu().numpy(), 2)
 
 # %% ../nbs/22_knn.ipynb #5f22f690
-def check_features(name: str, x) -> np.ndarray: # (n, d) floating point; images (n, c, h, w) are flattened
-    "Features as a matrix of finite numbers, or a ValueError."
-    x = np.asarray(x)
-    if x.ndim < 2 or 0 in x.shape: raise ValueError(f'{name} must have shape (n, d) or (n, c, h, w) with n, d > 0, got {x.shape}')
-    if x.dtype.kind not in 'fiub': raise ValueError(f'{name} must hold numbers, got dtype {x.dtype}')
-    x = np.ascontiguousarray(x.reshape(len(x), -1))
-    if x.dtype not in (np.float32, np.float64): x = x.astype(np.float64)
-    if not all(np.isfinite(part).all() for part in np.array_split(x, max(1, x.nbytes // PIECE))): raise ValueError(f'{name} contains NaN or infinity: drop or impute those rows')
-    return x
+def check_features(model, X) -> np.ndarray: # fitted classifier, test points; (n, d) floating point
+    "Test points as a matrix of finite numbers, or a ValueError where they are none or not those of `fit`."
+    x = check_rows(model, X, fitted=True, flat=True)
+    return np.ascontiguousarray(x.reshape(len(x), -1))
 
 # %% ../nbs/22_knn.ipynb #b7c65676
 def check_count(name: str, value, low: int) -> int:
@@ -587,19 +581,6 @@ def check_vote(n_neighbors, n_levels, n: int): # parameters of the classifier, n
     if n_levels is None: return None
     if n_neighbors > 1: raise ValueError(f'the quantised distance (n_levels) is defined for n_neighbors=1, got {n_neighbors}: use n_levels=None')
     return check_count('n_levels', n_levels, 2)
-
-# %% ../nbs/22_knn.ipynb #bc26754c
-def class_numbers(y, n: int) -> tuple: # labels; number of training points -> classes, (n,) int64
-    "The classes in order and every row's number among them, or a ValueError."
-    y = np.asarray(y)
-    if y.shape != (n,): raise ValueError(f'y must have shape ({n},), one label for each row of X, got {y.shape}')
-    if y.dtype.kind in 'cSVMm': raise ValueError(f'y must hold numbers, texts or booleans, got {y.dtype}')
-    if y.dtype.kind == 'f' and not np.isfinite(y).all(): raise ValueError('y contains NaN or infinity')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        check_classification_targets(y)
-    classes, number = np.unique(y, return_inverse=True)
-    return classes, number.astype(np.int64)
 
 # %% ../nbs/22_knn.ipynb #5a7dd642
 def shared(x):
@@ -621,12 +602,18 @@ def centred(x, sigma: float, device) -> tuple: # (n, d) checked features -> trai
 # %% ../nbs/22_knn.ipynb #c3c35bb5
 def prepare(model, X, y):
     "Fit: checks, class numbers, and the training set as it is kept."
-    noise, x = GaussianNoise(model.sigma), check_features('X', X)
-    n_levels, (classes, number) = check_vote(model.n_neighbors, model.n_levels, len(x)), class_numbers(y, len(x))
-    device = torch.device('cpu' if model.device is None else model.device)
-    model._x, model._shift, model._mean, model._norms = centred(x, noise.sigma, device)
-    model._y, model.n_features_in_ = torch.as_tensor(number, device=device), x.shape[1]
-    model.classes_, model.noise_, model.n_levels_, model.n_neighbors_ = classes, noise, n_levels, int(model.n_neighbors)
+    noise, x = GaussianNoise(model.sigma), check_rows(model, X)
+    n_levels = check_vote(model.n_neighbors, model.n_levels, len(x))
+    classes, number = check_labels(y, len(x), least=1)
+    device = device_name('cpu' if model.device is None else model.device)
+    check_device(device)
+    kept = centred(np.ascontiguousarray(x.reshape(len(x), -1)), noise.sigma, device)
+    warn_scale(x, noise.sigma, pixels=getattr(X, 'dtype', None) == np.uint8)
+    record_features(model, X, x.shape[1:])
+    model._x, model._shift, model._mean, model._norms = kept
+    model._y = torch.as_tensor(number, device=device)
+    model.classes_, model.noise_ = classes, noise
+    model.n_levels_, model.n_neighbors_ = n_levels, int(model.n_neighbors)
     return model
 
 # %% ../nbs/22_knn.ipynb #3383432e
@@ -703,8 +690,7 @@ BLOCK = 2**28 # bytes of all blocks of distances in work at a time
 def in_blocks(model, X, work, order=None): # test points as the caller has them; (rows, checked test points) -> result; (n,) positions
     "The results of all blocks of test points, taken in the given order, else in their own."
     check_is_fitted(model)
-    x = check_features('X', X)
-    if x.shape[1] != model.n_features_in_: raise ValueError(f'X must have {model.n_features_in_} features as in fit, got {x.shape[1]}')
+    x = check_features(model, X)
     with workers(model.n_jobs) as (n, pool):
         size = max(1, min(128, BLOCK // (8*n*len(model._y)), -(-len(x)//n)))
         order = np.arange(len(x)) if order is None else order
