@@ -307,8 +307,8 @@ def test_metrics_against_a_loop():
 # Labels -----------------------------------------------------------------------------------------
 
 NAMES = {'1, 2': [1, 2], '-1, 1': [-1, 1], '1, -1': [1, -1], '0, 1, 3, 4': [0, 1, 3, 4],
-         'booleans': [False, True], 'floats': [.5, 2.], 'int8': np.int8([3, -1]), 'uint64': np.uint64([2**64 - 1, 0]),
-         'beyond float64': [2**53, 2**53 + 1], 'int and float': [2**53 + 1, .5], 'texts': ['no', 'yes'],
+         'booleans': [False, True], 'floats': [.5, 2.], 'int8': np.int8([3, -1]),
+         'uint64': np.uint64([2**64 - 1, 0]), 'beyond float64': [2**53, 2**53 + 1], 'int and float': [2**53 + 1, .5], 'texts': ['no', 'yes'],
          'numbers as texts': ['1', '0'], 'empty text': ['', 'abstain'],
          'odd texts': ['<b>', 'a,"b"\r\n\0\ud800'],
          'objects': np.array(['b', 'a'], object), 'categories': pd.Categorical(['b', 'a']),
@@ -334,7 +334,8 @@ def by_hand(cert, column, r):
     share = lambda rule: sum(rule(*point) for point in points)/len(points)
     return dict(accuracy=share(lambda c, t, _: c == t), attack=share(lambda c, t, _: c == 0),
                 certified=share(lambda c, t, radius: c == t and radius > r),
-                rate=share(lambda c, t, radius: radius > r), abstains=share(lambda c, t, _: c is None), constant=share(lambda c, t, _: t == 0))
+                rate=share(lambda c, t, radius: radius > r), abstains=share(lambda c, t, _: c is None),
+                constant=share(lambda c, t, _: t == 0))
 
 
 def by_metrics(cert, y, target, r):
