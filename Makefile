@@ -74,7 +74,7 @@ check: $(READY) ## notebooks clean, modules and README in step with them
 	  echo 'notebooks, modules or README differ from what is committed: run `make export readme`, then commit' >&2; exit 1; }
 
 ## ---- notebooks and documentation -------------------------------------------------------------
-NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb nbs/index.ipynb nbs/tutorials/*.ipynb nbs/experiments/*.ipynb)
+NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb nbs/index.ipynb nbs/internals/*.ipynb nbs/tutorials/*.ipynb nbs/experiments/*.ipynb)
 
 export: $(READY) ## notebooks -> rab_nb/
 	nbdev_export && nbdev_clean

@@ -57,6 +57,7 @@ def contents(paths):
     return {'Theory': pick(r'nbs/0\d\w?_'), 'Algorithms': pick(r'nbs/[1-9]\d\w?_'),
             'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values()) + pick(r'nbs/experiments/'),
             'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order),
+            'Internals': pick(r'nbs/internals/'),
             'Reference': ['reference/index'], 'Project': ['contributing']}, newest
 
 

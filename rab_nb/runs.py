@@ -746,7 +746,7 @@ def _blocks(args) -> int:
 def _merge(args) -> int:
     "rab-nb merge"
     merged = add_blocks(args.into, [b for path in args.files for b in read_blocks(path)])
-    print(f'{args.into}: {sum(b.n_models for b in merged)} models of {len({canonical(b.key) for b in merged})} runs')
+    print(f'{Path(args.into).name}: {sum(b.n_models for b in merged)} models of {len({canonical(b.key) for b in merged})} runs')
     return 0
 
 # %% ../nbs/30_runs.ipynb #a9c0d3c2
