@@ -551,6 +551,23 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
+# %% ../nbs/20_ensemble.ipynb #ae52ffd4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # numbers of glibc's malloc.h
+
+@contextmanager
+def _keep_freed_memory():
+    "Let this process reuse what it frees, for a while; nothing happens where the C library is not glibc."
+    try: mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError): mallopt = trim = lambda *values: None
+    def thresholds(to_trim, to_map):
+        mallopt(M_TRIM_THRESHOLD, to_trim)
+        mallopt(M_MMAP_THRESHOLD, to_map)
+    thresholds(2**31 - 1, 2**30)
+    try: yield
+    finally:
+        thresholds(2**26, 2**25) # the largest that glibc comes to by itself
+        trim(0)
+
 # %% ../nbs/20_ensemble.ipynb #9ac4a468
 def draw_u(spec: TrainSpec, # noise, test_noise, test_sigma
            d: int, # values per input
@@ -607,7 +624,8 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
         suffix = f'@{epoch}' if epoch < spec.epochs else ''
         for name, e in x_evals.items():
             out['probabilities'][name + suffix] = answers(spec, stack, models, out['hashes'], e)
-    try: stack = train(spec, x, y, models, after_epoch)
+    try:
+        with _keep_freed_memory(): stack = train(spec, x, y, models, after_epoch)
     except (RuntimeError, MemoryError) as e:
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(e)): raise
         raise MemoryError(f'{spec.stack} models side by side do not fit on {spec.device}; '
@@ -693,28 +711,11 @@ def check_labels(y, # (n,) labels of any sortable type
     if len(classes) < 2: raise ValueError(f'y must hold at least two classes, got one class only: {classes.tolist()}')
     return classes, numbers
 
-# %% ../nbs/20_ensemble.ipynb #ae52ffd4
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # numbers of glibc's malloc.h
-
-@contextmanager
-def _keep_freed_memory():
-    "Let this process reuse what it frees, for a while; nothing happens where the C library is not glibc."
-    try: mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError): mallopt = trim = lambda *values: None
-    def thresholds(to_trim, to_map):
-        mallopt(M_TRIM_THRESHOLD, to_trim)
-        mallopt(M_MMAP_THRESHOLD, to_map)
-    thresholds(2**31 - 1, 2**30)
-    try: yield
-    finally:
-        thresholds(2**26, 2**25) # the largest that glibc comes to by itself
-        trim(0)
-
 # %% ../nbs/20_ensemble.ipynb #3b71af20
 WORTH_WORKERS = 5. # seconds of work left that justify starting processes
 
 def _call(task, group):
-    with one_thread(), _keep_freed_memory(): return group, task(group)
+    with one_thread(): return group, task(group)
 
 def map_groups(task, # picklable function of a group's number
                groups: list, # numbers
@@ -799,6 +800,25 @@ def load_groups(path, module: nn.Module # what `save_groups` wrote; the network 
         groups[g] = dict(models=part, hashes=digests, probabilities={})
     return groups, about
 
+# %% ../nbs/20_ensemble.ipynb #ba2ed06d
+def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
+                  *settings, **options # of `certify`
+                 ): # Certificate
+    "`certify`, whatever class the models without an answer may stand for; a UserWarning tells how many they are."
+    p = np.asarray(probabilities)
+    silent = np.isnan(p).any(2)
+    if not silent.any(): return certify(p, *settings, **options)
+    warnings.warn(f'{silent.sum(0).max()} of {len(p)} models have no finite answer: their training diverged, or the '
+                  'inputs are extreme. They count as wrong in every certificate; a smaller lr may help', stacklevel=3)
+    votes = np.eye(p.shape[2], dtype=p.dtype)
+    found = [certify(np.where(silent[..., None], vote, p), *settings, **options) for vote in votes]
+    prediction = np.array([c.prediction for c in found])
+    least = np.argmax([c.p_b - c.p_a for c in found], 0)[None]
+    def pick(name): return np.take_along_axis(np.array([getattr(c, name) for c in found]), least, 0)[0]
+    same = (prediction == prediction[0]).all(0)
+    return replace(found[0], prediction=np.where(same, prediction[0], -1), p_a=pick('p_a'), p_b=pick('p_b'),
+                   radius=np.where(same, pick('radius'), 0.))
+
 # %% ../nbs/20_ensemble.ipynb #c73e0c1c
 class _Settings(BaseEstimator):
     def __init__(self, module, # function that makes a network, called for every model; or an nn.Module, their start
@@ -824,25 +844,6 @@ class _Settings(BaseEstimator):
         self.test_noise, self.test_sigma = test_noise, test_sigma
         self.device, self.n_jobs, self.precision, self.stack = device, n_jobs, precision, stack
         self.keep_models, self.max_memory, self.warm_start, self.verbose = keep_models, max_memory, warm_start, verbose
-
-# %% ../nbs/20_ensemble.ipynb #ba2ed06d
-def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
-                  *settings, **options # of `certify`
-                 ): # Certificate
-    "`certify`, whatever class the models without an answer may stand for; a UserWarning tells how many they are."
-    p = np.asarray(probabilities)
-    silent = np.isnan(p).any(2)
-    if not silent.any(): return certify(p, *settings, **options)
-    warnings.warn(f'{silent.sum(0).max()} of {len(p)} models have no finite answer: their training diverged, or the '
-                  'inputs are extreme. They count as wrong in every certificate; a smaller lr may help', stacklevel=3)
-    votes = np.eye(p.shape[2], dtype=p.dtype)
-    found = [certify(np.where(silent[..., None], vote, p), *settings, **options) for vote in votes]
-    prediction = np.array([c.prediction for c in found])
-    least = np.argmax([c.p_b - c.p_a for c in found], 0)[None]
-    def pick(name): return np.take_along_axis(np.array([getattr(c, name) for c in found]), least, 0)[0]
-    same = (prediction == prediction[0]).all(0)
-    return replace(found[0], prediction=np.where(same, prediction[0], -1), p_a=pick('p_a'), p_b=pick('p_b'),
-                   radius=np.where(same, pick('radius'), 0.))
 
 # %% ../nbs/20_ensemble.ipynb #dc73923e
 class Voter(ClassifierMixin):
