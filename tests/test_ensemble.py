@@ -313,9 +313,9 @@ def test_automatic_stack_of_a_gpu_follows_its_total_memory(module, shape, gigaby
 def test_a_large_network_at_224_pixels_is_not_stacked_on_any_gpu_of_today(monkeypatch):
     "Its activations decide, not its weights."
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=141 * 10**9))
-    layers = [nn.Conv2d(3, 64, 7, 2, 3), *(layer for _ in range(4) for layer in (nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)))]
-    s = spec(module=lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 1)), device='cuda', batch_size=32)
-    assert ensemble.auto_stack(s, 157_377, (20_000, 3, 224, 224)) in (1, 5) and ensemble.auto_stack(s, 157_377) == 50
+    layers = [nn.Conv2d(3, 32, 7, 2, 3), *(layer for _ in range(4) for layer in (nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)))]
+    s = spec(module=lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 1)), device='cuda', batch_size=64)
+    assert ensemble.auto_stack(s, 41_761, (20_000, 3, 224, 224)) in (1, 5) and ensemble.auto_stack(s, 41_761) == 50
 
 
 def test_read_only_arrays_are_copied_in_silence(tmp_path):
