@@ -69,7 +69,8 @@ class Windows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (kh, kw), (sh, sw), (h, w) = ctx.size, ctx.stride, grad.shape[1:3]
-        parts, out = grad.unflatten(3, (kh, kw, -1)), grad.new_zeros(ctx.shape, dtype=torch.float32)
+        parts, precise = grad.unflatten(3, (kh, kw, -1)), torch.promote_types(grad.dtype, torch.float32)
+        out = grad.new_zeros(ctx.shape, dtype=precise)
         for i in range(kh):
             for j in range(kw):
                 out[:, i:i + sh * h:sh, j:j + sw * w:sw] += parts[:, :, :, i, j]
@@ -209,12 +210,19 @@ def _attach(module, name, tensor, kind):
     getattr(owner, kind)[leaf] = tensor
 
 # %% ../nbs/13_stacked.ipynb #fca11a4f
-def _attach_all(stack, original):
-    "Set every parameter and buffer of the stack's module to the tensor that stands for the original's."
-    for kind, tensors in ('parameters', stack.weights), ('buffers', stack.buffers):
+def _names(module):
+    "('parameters' or 'buffers', name, the first name of the same tensor) of a module's tensors."
+    found = []
+    for kind in ('parameters', 'buffers'):
         first = {}
-        for name, t in getattr(original, f'named_{kind}')(remove_duplicate=False):
-            _attach(stack.module, name, tensors[first.setdefault(id(t), name)], f'_{kind}')
+        for name, t in getattr(module, f'named_{kind}')(remove_duplicate=False):
+            found.append((kind, name, first.setdefault(id(t), name)))
+    return found
+
+def _attach_all(stack, names):
+    "Set every parameter and buffer of the stack's module to the tensor that stands for the original's."
+    tensors = dict(parameters=stack.weights, buffers=stack.buffers)
+    for kind, name, first in names: _attach(stack.module, name, tensors[kind][first], f'_{kind}')
 
 # %% ../nbs/13_stacked.ipynb #a1c05e02
 def _tensors(module):
@@ -307,15 +315,16 @@ def _buffers(stack, modules):
     return {name: b.to(stack.flat.device, copy=True).contiguous() for name, b in stacked}
 
 # %% ../nbs/13_stacked.ipynb #b1d00032
-def _lay_out(stack, original, layout, folded):
+def _lay_out(stack, module, layout, folded):
     "Set `layout`, and keep what the trial before the first call needs."
     if layout not in ('batch', 'channels'):
         raise ValueError(f"layout must be 'batch' or 'channels', got {layout!r}")
     if folded and layout == 'channels':
         raise ValueError("folded=True promises activations with the models in the batch: use layout='batch'")
     able = layout == 'channels' and stack.mode == 'fold'
-    stack.layout, stack.samples = 'channels' if able else 'batch', [None]
-    stack.trial = copy.deepcopy(original).to('meta') if able else None
+    stack.layout, stack.obstacle, stack.samples = 'channels' if able else 'batch', None, [None]
+    stack.trial = copy.deepcopy(module).to('meta') if able else None
+    if able: _with_ways_back(stack.module, stack.n_models, stack.samples)
 
 # %% ../nbs/13_stacked.ipynb #488dd12a
 class Stack:
@@ -328,18 +337,17 @@ class Stack:
                 ):
         self.n_models = m = n_models or (len(module) if isinstance(module, (list, tuple)) else 1)
         modules = _modules(module, m)
-        original = copy.deepcopy(modules[0]).to(device)
-        self.module = copy.deepcopy(original)
+        self.module, names = copy.deepcopy(modules[0]).to(device), _names(modules[0])
         self.unfolded = fold(self.module) if m > 1 or folded else None
         self.mode = 'plain' if self.unfolded is None else 'vmap' if self.unfolded else 'fold'
-        if self.mode == 'vmap': self.module = original
-        trained = {k: p.shape for k, p in original.named_parameters() if p.requires_grad}
+        if self.mode == 'vmap': self.module = copy.deepcopy(modules[0]).to(device)
+        trained = {k: p.shape for k, p in modules[0].named_parameters() if p.requires_grad}
         self.flat = torch.zeros(m * sum(s.numel() for s in trained.values()), device=device)
         self.flat.grad = torch.zeros_like(self.flat)
         with torch.no_grad(): self.weights = dict(_leaves(self, _values(modules, 'parameters', m), trained))
         self.buffers = _buffers(self, modules)
-        if self.mode != 'vmap': _attach_all(self, original)
-        _lay_out(self, original, layout, folded)
+        if self.mode != 'vmap': _attach_all(self, names)
+        _lay_out(self, modules[0], layout, folded)
 
     def __call__(self, x): return _forward(self, x)
 
@@ -381,14 +389,18 @@ class _Average(_Flatten):
     def forward(self, x): return self.leave(F.adaptive_avg_pool2d(x, 1))
 
 # %% ../nbs/13_stacked.ipynb #b1d00030
-def _put_in_channels(module, m, samples):
-    "Turn the stacked layers of a folded module to models in the channels."
+def _with_ways_back(module, m, samples): # changed in place
+    "Replace what makes features of images by layers that can take the models back into the batch."
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is None or not _plain(child): continue
             flat = type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1)
             average = type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
             if flat or average: parent._modules[name] = (_Flatten if flat else _Average)(m, samples)
+    return module
+
+def _put_in_channels(module):
+    "Tell the stacked layers of a module that the models lie in the channels."
     for layer in module.modules():
         if isinstance(layer, _Stacked): layer.models_in_channels = True
 
@@ -416,8 +428,8 @@ class _Outside(TorchFunctionMode):
                 layer.register_forward_hook(self.leave)
 
     def enter(self, layer, args):
-        if type(layer) is StackedLinear and _images(args, self.b): raise TypeError('nn.Linear of images')
         self.depth += 1
+        if type(layer) is StackedLinear and _images(args, self.b): raise TypeError('nn.Linear of images')
 
     def leave(self, layer, args, out): self.depth -= 1
 
@@ -437,7 +449,7 @@ def obstacle(module: nn.Module, # one network
     if not any(type(m) is nn.Conv2d for m in module.modules()): return 'it has no convolution'
     twin = Stack(copy.deepcopy(module).to('meta'), 2, 'meta')
     if twin.mode != 'fold': return f'{", ".join(twin.unfolded)} has no stacked counterpart'
-    _put_in_channels(twin.module, 2, [7])
+    _put_in_channels(_with_ways_back(twin.module, 2, [7]))
     x = side_by_side(torch.empty(2, 7, *shape, device='meta'))
     try:
         for training in (True, False):
@@ -451,7 +463,7 @@ def _settle(stack, x):
     module, stack.trial = stack.trial, None
     stack.obstacle = obstacle(module, x.shape[2:])
     if stack.obstacle: stack.layout = 'batch'
-    else: _put_in_channels(stack.module, stack.n_models, stack.samples)
+    else: _put_in_channels(stack.module)
 
 # %% ../nbs/13_stacked.ipynb #b1d0001c
 def faster_layout(make, # function of a layout: a new `Stack`
@@ -530,23 +542,19 @@ def ieee_float32():
 MIXES = 'it mixes the samples of a batch'
 DRAWS = ('it draws random numbers outside of training, or answers the same inputs differently '
          'from call to call (F.dropout needs training=self.training)')
-READS = ('it reads single numbers out of its activations (.item(), float() or an if on a tensor), '
-         'one for all models')
+READS = ('it reads single numbers out of tensors (.item(), float() or an if on a tensor), '
+         'and in a stack one number would stand for all models')
 ALTERS = 'its layers with weights compute something else in a stack; are their weights used elsewhere too?'
 
 def _close(a, b, rtol=1e-3, atol=1e-4): # atol: a share of the largest number
     scale = float(b.nan_to_num(posinf=0, neginf=0).abs().max())
     return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=atol * scale, equal_nan=True)
 
-def _in_training(stack, x, watch=nullcontext()): # (2, B, ...)
-    "Why the first model's outputs in training depend on the inputs of the second, or None."
+def _first_in_training(stack, x, beside=False): # (2, B, ...)
+    "The first of two models in training, with the same random numbers every time, or beside other inputs."
+    torch.manual_seed(0)
     stack.module.train()
-    def first(x):
-        torch.manual_seed(0)
-        with watch: return stack(x)[0]
-    one, again, beside_others = first(x), first(x), first(torch.stack([x[0], -x[1]]))
-    if not _close(again, one): return DRAWS
-    return None if _close(beside_others, one) else MIXES
+    return stack(torch.stack([x[0], -x[1]]) if beside else x)[0]
 
 # %% ../nbs/13_stacked.ipynb #b1d00022
 class _Watch(TorchDispatchMode):
@@ -559,18 +567,25 @@ class _Watch(TorchDispatchMode):
         self.tags.update(getattr(func, 'tags', ()))
         return func(*args, **(kwargs or {}))
 
+def _draws(stack, x):
+    "Whether a stack in evaluation draws random numbers or answers differently from call to call."
+    with _Watch() as watch: once, again = stack(x), stack(x)
+    return torch.Tag.nondeterministic_seeded in watch.tags or not _close(once, again)
+
+# %% ../nbs/13_stacked.ipynb #b1d00035
 def _fault(plain, alone, together, x): # (2, B, ...)
     "Why two models cannot be stacked, or None."
     values, watch = state(together), _Watch()
-    def answer(k):
-        load_state(alone, {name: v[k:k + 1] for name, v in values.items()})
-        with watch: return alone(x[k:k + 1])
-    one, *each = answer(0), answer(0), answer(1)
-    if torch.Tag.nondeterministic_seeded in watch.tags or not _close(one, each[0]): return DRAWS
-    if not _close(one, plain(x[:1]), .05, .05): return ALTERS
-    with watch: beside = together(x)
-    why = _in_training(together, x, watch) if _close(beside, torch.cat(each)) else MIXES
-    return READS if why == MIXES and torch.Tag.data_dependent_output in watch.tags else why
+    def answer(k): return load_state(alone, {name: v[k:k + 1] for name, v in values.items()})(x[k:k + 1])
+    each, as_written = [answer(0), answer(1)], plain(x[:1])
+    with watch: both, first = together(x), _first_in_training(together, x)
+    beside = _first_in_training(together, x, beside=True)
+    same = _close(both, torch.cat(each)) and _close(beside, first)
+    if same and _close(each[0], as_written, .05, .05):
+        return READS if torch.Tag.data_dependent_output in watch.tags else None
+    if _draws(alone, x[1:]) or not _close(_first_in_training(together, x), first): return DRAWS
+    if torch.Tag.data_dependent_output in watch.tags: return READS
+    return ALTERS if same else MIXES
 
 # %% ../nbs/13_stacked.ipynb #18575331
 @torch.no_grad()
