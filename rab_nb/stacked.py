@@ -104,7 +104,8 @@ class StackedConv2d(_Stacked):
         m, single = len(self.weight), len(self.weight) == 1 and not self.one_as_product
         if self.as_product and not (single or self.models_in_channels):
             return conv_as_product(x, self.weight, self.bias, self.stride, self.padding)
-        weight, bias = self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten()
+        weight = self.weight[0] if m == 1 else self.weight.flatten(0, 1)
+        bias = None if self.bias is None else self.bias.flatten()
         moved = m > 1 and not self.models_in_channels
         x = to_channels(x, m) if moved else x
         out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, m * self.groups)
@@ -316,15 +317,48 @@ def _buffers(stack, modules):
 
 # %% ../nbs/13_stacked.ipynb #b1d00032
 def _lay_out(stack, module, layout, folded):
-    "Set `layout`, and keep what the trial before the first call needs."
+    "Set `layout`, and keep what `_settle` needs."
     if layout not in ('batch', 'channels'):
         raise ValueError(f"layout must be 'batch' or 'channels', got {layout!r}")
     if folded and layout == 'channels':
         raise ValueError("folded=True promises activations with the models in the batch: use layout='batch'")
     able = layout == 'channels' and stack.mode == 'fold'
     stack.layout, stack.obstacle, stack.samples = 'channels' if able else 'batch', None, [None]
+    stack.settled = stack.row_major = False
     stack.trial = copy.deepcopy(module).to('meta') if able else None
     if able: _with_ways_back(stack.module, stack.n_models, stack.samples)
+
+# %% ../nbs/13_stacked.ipynb #b1d00037
+def _in_rows(layer, args, out): return out.contiguous()
+
+def _wants_rows(stack, x):
+    "Whether code of the module's own asks for images in row-major order."
+    parts = list(stack.module.modules())
+    if all(isinstance(m, _Stacked) or type(m).__module__.startswith('torch.') for m in parts): return False
+    training = [m.training for m in parts]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            stack.module.eval()
+            _apply(stack, x[:, :1])
+    except Exception as e: return 'view size is not compatible' in str(e)
+    finally:
+        for m, value in zip(parts, training): m.training = value
+    return False
+
+# %% ../nbs/13_stacked.ipynb #b1d0003c
+def _settle(stack, x):
+    "Models in the channels where nothing is in the way, and images in row-major order where code wants it."
+    if stack.settled: return stack
+    stack.settled, module, stack.trial = True, stack.trial, None
+    if module is not None:
+        stack.obstacle = obstacle(module, x.shape[2:])
+        stack.layout = 'batch' if stack.obstacle else 'channels'
+        if not stack.obstacle: _put_in_channels(stack.module)
+    if stack.layout == 'batch' and _wants_rows(stack, x):
+        stack.row_major = True
+        for layer in stack.module.modules():
+            if isinstance(layer, (nn.Conv2d, StackedConv2d)): layer.register_forward_hook(_in_rows)
+    return stack
 
 # %% ../nbs/13_stacked.ipynb #488dd12a
 class Stack:
@@ -349,13 +383,13 @@ class Stack:
         if self.mode != 'vmap': _attach_all(self, names)
         _lay_out(self, modules[0], layout, folded)
 
-    def __call__(self, x): return _forward(self, x)
+    def __call__(self, x): return _apply(_settle(self, x), x)
 
 # %% ../nbs/13_stacked.ipynb #c7ea8c7c
-def _forward(stack, x):
+def _apply(stack, x):
     "Outputs (M, B, ...) of every model for its inputs (M, B, ...)."
+    if stack.row_major: x = x.contiguous()
     if stack.mode == 'plain': return stack.module(x[0])[None]
-    if stack.trial is not None: _settle(stack, x)
     if stack.mode == 'fold':
         stack.samples[0] = x.shape[1]
         x = side_by_side(x) if stack.layout == 'channels' else x.flatten(0, 1)
@@ -370,7 +404,7 @@ def _forward(stack, x):
 def side_by_side(x: torch.Tensor # (M, B, c, h, w)
                 ) -> torch.Tensor: # (B, M*c, h, w), channels last in memory
     "The images of M models as channels of one batch."
-    return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+    return x.permute(1, 3, 4, 0, 2).flatten(3).contiguous().permute(0, 3, 1, 2)
 
 # %% ../nbs/13_stacked.ipynb #b1d00011
 class _Flatten(_Stacked):
@@ -456,14 +490,6 @@ def obstacle(module: nn.Module, # one network
             with torch.no_grad(), _Outside(twin.module.train(training), 7): out = twin.module(x)
             if len(out) != 14: return 'its outputs are images'
     except Exception as e: return str(e)
-
-# %% ../nbs/13_stacked.ipynb #b1d00019
-def _settle(stack, x):
-    "Try the layout once, and put the models in the channels where nothing is in the way."
-    module, stack.trial = stack.trial, None
-    stack.obstacle = obstacle(module, x.shape[2:])
-    if stack.obstacle: stack.layout = 'batch'
-    else: _put_in_channels(stack.module)
 
 # %% ../nbs/13_stacked.ipynb #b1d0001c
 def faster_layout(make, # function of a layout: a new `Stack`

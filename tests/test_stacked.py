@@ -148,7 +148,7 @@ def alone_cases():
                 yield pytest.param(name, m, layout, marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize('name, m, layout', alone_cases())
+@pytest.mark.parametrize('name, m, layout', list(alone_cases()))
 def test_a_stack_computes_what_its_models_compute_alone(name, m, layout, double):
     "In float64, where rounding cannot hide or fake a difference; a whole batch, the smaller last one, evaluation."
     make, shape = NETWORKS[name]
@@ -201,7 +201,7 @@ SEPARATE = dict(
     attribute=lambda net, x: net.end(net.second(net.first(x).to(x.dtype))))
 TOGETHER = dict(
     flatten=lambda net, x: net.end[1](torch.flatten(net.second(net.first(x)), 1)),
-    view=lambda net, x: net.end[1](net.second(net.first(x)).contiguous().view(len(x), -1)),
+    view=lambda net, x: net.end[1](net.second(net.first(x)).view(len(x), -1)),
     own_flatten=lambda net, x: net.end[1](net.second(net.first(x)).flatten(1)),
     mean_of_channels=lambda net, x: net.end(net.second(net.first(x) - net.first(x).mean(1, keepdim=True))),
     softmax=lambda net, x: net.end(net.second(net.first(x).softmax(1))),
@@ -224,7 +224,7 @@ def test_code_of_its_own_is_right_in_the_layout_it_gets(how, double):
     stack = Stack(nets, layout='channels')
     assert max(largest(in_a_stack(stack, batches), one_by_one(nets, batches))) < 1e-9
     assert stack.layout == ('channels' if how in SEPARATE else 'batch'), stack.obstacle
-    check_independence(nets[0].float(), torch.randn(4, 3, 8, 8), 'channels')
+    check_independence(nets[0], torch.randn(4, 3, 8, 8), 'channels')
 
 
 class Convolutions(nn.Module):
@@ -248,6 +248,26 @@ def test_what_stands_in_the_way_is_named(make, shape, why, double):
     assert why in obstacle(nets[0], shape)
     stack = Stack(nets, layout='channels')
     assert torch.allclose(stack(x), torch.stack([net(xm) for net, xm in zip(nets, x)]), atol=1e-12) and stack.layout == 'batch'
+
+
+class Viewing(nn.Module):
+    "Flattens its images by `view`, after whatever comes after the convolution."
+    def __init__(self, after=nn.Identity):
+        super().__init__()
+        self.conv, self.after, self.drop, self.out = nn.Conv2d(3, 4, 3), after(), nn.Dropout(0.), nn.Linear(144, 2)
+
+    def forward(self, x): return self.out(self.drop(self.after(self.conv(x))).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize('after', [nn.Identity, nn.ReLU, partial(nn.BatchNorm2d, 4), partial(nn.GroupNorm, 2, 4), partial(nn.MaxPool2d, 3, 1, 1)])
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('m, folded, layout', [(1, False, 'batch'), (1, True, 'batch'), (3, False, 'batch'), (3, False, 'channels')])
+def test_view_works_in_a_stack_as_it_does_alone(after, last, m, folded, layout, double):
+    nets, batches = starts(partial(Viewing, after), m), [torch.randn(m, b, 3, 8, 8) for b in (5, 3)]
+    expected = one_by_one(nets, batches)
+    if last: batches = [x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (m, -1)) for x in batches]
+    assert max(largest(in_a_stack(Stack(nets, folded=folded, layout=layout), batches), expected)) < 1e-9
+    check_independence(nets[0], batches[0][0], layout)
 
 
 def test_the_trial_leaves_no_trace():
