@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['StackedLinear', 'to_channels', 'to_batch', 'Windows', 'conv_as_product', 'StackedConv2d', 'StackedBatchNorm',
-           'group_normalised', 'StackedGroupNorm', 'stacked_layer', 'fold', 'check_alike', 'Stack', 'own_parts',
-           'check_independence', 'state', 'load_state', 'hashes']
+           'group_normalised', 'StackedGroupNorm', 'stacked_layer', 'fold', 'check_alike', 'ieee_float32', 'Stack',
+           'obstacle', 'faster_layout', 'state', 'load_state', 'hashes', 'own_parts', 'check_independence']
 
 # %% ../nbs/13_stacked.ipynb #463d7746
 import copy
 import hashlib
+import statistics
+import time
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 
 import numpy as np
@@ -17,10 +20,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/13_stacked.ipynb #ba39e9f7
 class _Stacked(nn.Module):
     "A layer whose weights are attached later, with the model axis in front."
+    models_in_channels = False # whether images come as (B, M*c, h, w) and not as (M*B, c, h, w)
+
     def __init__(self, layer):
         super().__init__()
         for name in ('weight', 'bias'): self.register_parameter(name, None)
@@ -31,7 +38,8 @@ class StackedLinear(_Stacked):
     def forward(self, x):
         m, o, i = self.weight.shape
         rows, weight = x.reshape(m, -1, i), self.weight.transpose(1, 2)
-        out = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, weight)
+        bias = None if self.bias is None else self.bias[:, None]
+        out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
         return out.reshape(*x.shape[:-1], o)
 
 # %% ../nbs/13_stacked.ipynb #a50af3d6
@@ -54,12 +62,14 @@ class Windows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, size, stride):
         ctx.shape, ctx.size, ctx.stride = x.shape, size, stride
-        return x.unfold(1, size[0], stride[0]).unfold(2, size[1], stride[1]).permute(0, 1, 2, 4, 5, 3).flatten(3)
+        windows = x.unfold(1, size[0], stride[0]).unfold(2, size[1], stride[1])
+        return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
 
     @staticmethod
     def backward(ctx, grad):
         (kh, kw), (sh, sw), (h, w) = ctx.size, ctx.stride, grad.shape[1:3]
-        parts, out = grad.unflatten(3, (kh, kw, -1)), grad.new_zeros(ctx.shape, dtype=torch.float32)
+        parts, precise = grad.unflatten(3, (kh, kw, -1)), torch.promote_types(grad.dtype, torch.float32)
+        out = grad.new_zeros(ctx.shape, dtype=precise)
         for i in range(kh):
             for j in range(kw):
                 out[:, i:i + sh * h:sh, j:j + sw * w:sw] += parts[:, :, :, i, j]
@@ -81,17 +91,24 @@ def conv_as_product(x: torch.Tensor, # (M*B, c, h, w)
 # %% ../nbs/13_stacked.ipynb #9989e4e4
 class StackedConv2d(_Stacked):
     "nn.Conv2d of M models; input (M*B, c, h, w), output (M*B, o, h', w')."
+    one_as_product = False # whether a stack of one model takes the product too
+
     def __init__(self, layer):
         super().__init__(layer)
-        self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.groups = layer.groups
         self.as_product = layer.groups == 1 and layer.dilation == (1, 1)
 
     def forward(self, x):
-        m, bias = len(self.weight), None if self.bias is None else self.bias.flatten()
-        if m == 1: return F.conv2d(x, self.weight[0], bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.as_product: return conv_as_product(x, self.weight, self.bias, self.stride, self.padding)
-        x = F.conv2d(to_channels(x, m), self.weight.flatten(0, 1), bias, self.stride, self.padding, self.dilation, m * self.groups)
-        return to_batch(x, m)
+        m, single = len(self.weight), len(self.weight) == 1 and not self.one_as_product
+        if self.as_product and not (single or self.models_in_channels):
+            return conv_as_product(x, self.weight, self.bias, self.stride, self.padding)
+        weight = self.weight[0] if m == 1 else self.weight.flatten(0, 1)
+        bias = None if self.bias is None else self.bias.flatten()
+        moved = m > 1 and not self.models_in_channels
+        x = to_channels(x, m) if moved else x
+        out = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, m * self.groups)
+        return to_batch(out, m) if moved else out
 
 # %% ../nbs/13_stacked.ipynb #efef1d01
 class StackedBatchNorm(_Stacked):
@@ -103,39 +120,60 @@ class StackedBatchNorm(_Stacked):
     def forward(self, x):
         m, flat = len(self.running_mean), lambda t: None if t is None else t.flatten()
         if self.training: self.num_batches_tracked += 1
-        out = F.batch_norm(to_channels(x, m), self.running_mean.view(-1), self.running_var.view(-1),
-                           flat(self.weight), flat(self.bias), self.training, self.momentum, self.eps)
-        return to_batch(out, m)
+        moved = not (self.models_in_channels and x.dim() == 4)
+        x = to_channels(x, m) if moved else x
+        out = F.batch_norm(x, self.running_mean.view(-1), self.running_var.view(-1), flat(self.weight),
+                           flat(self.bias), self.training, self.momentum, self.eps)
+        return to_batch(out, m) if moved else out
 
 # %% ../nbs/13_stacked.ipynb #125d0b07
+def _without_autocast(x):
+    "A context in which operations on x keep its precision."
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+
 def group_normalised(x: torch.Tensor, # (B, c, ...)
-                     num_groups: int, eps: float # as in nn.GroupNorm
-                    ) -> torch.Tensor: # in the memory layout of x
-    "Group normalisation without scale and shift."
-    out = F.group_norm(x.contiguous(), num_groups, eps=eps)
+                     num_groups: int, eps: float, # as in nn.GroupNorm
+                     weight=None, bias=None # (c,) scale and shift, or None
+                    ) -> torch.Tensor: # in the memory layout and precision of x
+    "Group normalisation, without scale and shift where none are given."
+    weight, bias = (None if w is None else w.to(x.dtype) for w in (weight, bias))
+    with _without_autocast(x): out = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return out.contiguous(memory_format=torch.channels_last) if last else out
 
 # %% ../nbs/13_stacked.ipynb #ed90c582
 class StackedGroupNorm(_Stacked):
-    "nn.GroupNorm of M models; input (M*B, c, ...)."
+    "nn.GroupNorm of M models; input (M*B, c, ...), output in the precision of the input."
     def __init__(self, layer):
         super().__init__(layer)
         self.num_groups, self.eps = layer.num_groups, layer.eps
 
     def forward(self, x):
-        shape = (len(self.weight), 1, x.shape[1]) + (1,) * (x.dim() - 2)
-        out = group_normalised(x, self.num_groups, self.eps).unflatten(0, (len(self.weight), -1))
-        return (out * self.weight.view(shape) + self.bias.view(shape)).flatten(0, 1)
+        m, flat = len(self.weight), (self.weight.flatten(), self.bias.flatten())
+        if self.models_in_channels and x.dim() == 4:
+            return group_normalised(x, m * self.num_groups, self.eps, *flat)
+        shape = (m, 1, x.shape[1]) + (1,) * (x.dim() - 2)
+        out = group_normalised(x, self.num_groups, self.eps).unflatten(0, (m, -1))
+        scale, shift = (w.to(out.dtype).view(shape) for w in (self.weight, self.bias))
+        return (out * scale + shift).flatten(0, 1)
 
 # %% ../nbs/13_stacked.ipynb #946c9e1d
+def _plain(layer):
+    "Whether a layer does what its class says and no more."
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return not any(hooks) and layer._parameters.keys() <= {'weight', 'bias'} and 'forward' not in vars(layer)
+
 def stacked_layer(layer: nn.Module # a layer with parameters or buffers of its own
                  ): # its stacked counterpart without weights yet, or None
     "The layer that replaces `layer` in a stack of models."
+    if not _plain(layer): return None
     if type(layer) is nn.Linear: return StackedLinear(layer)
-    if type(layer) is nn.Conv2d and layer.padding_mode == 'zeros' and not isinstance(layer.padding, str): return StackedConv2d(layer)
+    if type(layer) is nn.Conv2d and layer.padding_mode == 'zeros' and not isinstance(layer.padding, str):
+        return StackedConv2d(layer)
     norms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
-    if type(layer) in norms and layer.track_running_stats and layer.momentum is not None: return StackedBatchNorm(layer)
+    if type(layer) in norms and layer.track_running_stats and layer.momentum is not None:
+        return StackedBatchNorm(layer)
     if type(layer) is nn.GroupNorm and layer.affine: return StackedGroupNorm(layer)
     return None
 
@@ -172,21 +210,30 @@ def _attach(module, name, tensor, kind):
     getattr(owner, kind)[leaf] = tensor
 
 # %% ../nbs/13_stacked.ipynb #fca11a4f
-def _attach_all(module, original, kind, tensors): # kind: 'parameters' or 'buffers'
-    "Set every parameter or buffer of a module to the tensor that stands for the original's."
-    first = {}
-    for name, t in getattr(original, f'named_{kind}')(remove_duplicate=False):
-        _attach(module, name, tensors[first.setdefault(id(t), name)], f'_{kind}')
+def _names(module):
+    "('parameters' or 'buffers', name, the first name of the same tensor) of a module's tensors."
+    found = []
+    for kind in ('parameters', 'buffers'):
+        first = {}
+        for name, t in getattr(module, f'named_{kind}')(remove_duplicate=False):
+            found.append((kind, name, first.setdefault(id(t), name)))
+    return found
+
+def _attach_all(stack, names):
+    "Set every parameter and buffer of the stack's module to the tensor that stands for the original's."
+    tensors = dict(parameters=stack.weights, buffers=stack.buffers)
+    for kind, name, first in names: _attach(stack.module, name, tensors[kind][first], f'_{kind}')
 
 # %% ../nbs/13_stacked.ipynb #a1c05e02
 def _tensors(module):
-    "One line for each parameter and buffer of a module: kind, name, shape, dtype, whether trained, and of whom it is a second name."
+    "A line for each parameter and buffer: kind, name, shape, dtype, frozen or not, whose second name it is."
     first = {}
     for kind in ('parameters', 'buffers'):
         for name, t in getattr(module, f'named_{kind}')(remove_duplicate=False):
             same = first.setdefault(id(t), name)
-            yield (f'{kind[:-1]} {name!r} of shape {tuple(t.shape)} and {t.dtype}' + ', frozen' * (kind == 'parameters' and not t.requires_grad)
-                   + f', the same tensor as {same!r}' * (same != name))
+            frozen = ', frozen' * (kind == 'parameters' and not t.requires_grad)
+            again = f', the same tensor as {same!r}' * (same != name)
+            yield f'{kind[:-1]} {name!r} of shape {tuple(t.shape)} and {t.dtype}{frozen}{again}'
 
 # %% ../nbs/13_stacked.ipynb #a1c05e05
 def _attributes(module):
@@ -202,49 +249,58 @@ _USUAL = frozenset(vars(nn.Module())) # attributes that every module has
 def _differ(a, b):
     "Whether two plain values differ; values of other types are taken for equal."
     if type(a) is not type(b): return True
-    if isinstance(a, torch.Tensor): return a.shape != b.shape or not torch.equal(a, b)
+    if isinstance(a, torch.Tensor): return a.shape != b.shape or not torch.equal(a.cpu(), b.cpu())
     if isinstance(a, np.ndarray): return not np.array_equal(a, b)
     if isinstance(a, (list, tuple)): return len(a) != len(b) or any(map(_differ, a, b))
     if isinstance(a, dict): return a.keys() != b.keys() or any(_differ(a[k], b[k]) for k in a)
-    return isinstance(a, (bool, int, float, complex, str, bytes)) and a != b
+    return isinstance(a, (bool, int, float, complex, str, bytes)) and a != b and not (a != a and b != b)
 
 # %% ../nbs/13_stacked.ipynb #a1c05e07
+def _difference(one, other):
+    "What a module has that the first has not, in words; None where they are alike."
+    for a, b in zip_longest(_tensors(one), _tensors(other)):
+        if a != b: return f'{b or "nothing"} where model 0 has {a or "nothing"}'
+    if repr(one) != repr(other):
+        lines = zip_longest(repr(one).split('\n'), repr(other).split('\n'))
+        return next(f'{b!r} where model 0 has {a!r}' for a, b in lines if a != b)
+    plain, values = _attributes(one), _attributes(other)
+    for owner, name in plain | values:
+        if _differ(plain.get((owner, name)), values.get((owner, name))):
+            return f'another {name!r} in {owner} than model 0'
+
 def check_alike(modules: list # networks that shall become one stack
                ) -> None:
-    "ValueError if modules differ in more than the values of their parameters and buffers; it names the first difference."
-    one, *others = modules
-    expected, plain = list(_tensors(one)), _attributes(one)
-    for k, other in enumerate(others, 1):
-        found, values = list(_tensors(other)), _attributes(other)
-        different = [f'{b or "nothing"} where model 0 has {a or "nothing"}' for a, b in zip_longest(expected, found) if a != b]
-        if not different and repr(one) != repr(other):
-            different = [f'{b!r} where model 0 has {a!r}' for a, b in zip_longest(repr(one).split('\n'), repr(other).split('\n')) if a != b]
-        if not different:
-            different = [f'another {name!r} in {owner} than model 0' for owner, name in plain | values
-                         if _differ(plain.get((owner, name)), values.get((owner, name)))]
-        if different:
-            raise ValueError(f'the models of a stack must have one architecture, model {k} has {different[0]}; only the values of parameters and buffers may differ')
+    "ValueError, with the first difference, if modules differ in more than parameters' and buffers' values."
+    for k, other in enumerate(modules[1:], 1):
+        if found := _difference(modules[0], other):
+            raise ValueError(f'the models of a stack must have one architecture, model {k} has {found}; '
+                             'only the values of parameters and buffers may differ')
 
 # %% ../nbs/13_stacked.ipynb #a1c05e0b
 def _modules(module, n_models): # -> list of one module or of M
-    modules = list(module) if isinstance(module, (list, tuple)) else [module]
+    "The modules of a stack, or ValueError."
+    several = isinstance(module, (list, tuple))
+    modules = list(module) if several else [module]
     wrong = [m for m in modules if not isinstance(m, nn.Module)]
-    if wrong or not modules: raise ValueError(f'a stack is made of an nn.Module or a list of them, got {wrong[0] if wrong else module!r}')
-    if len(modules) not in (1, n_models) or len(modules) == 1 < n_models and isinstance(module, (list, tuple)):
-        raise ValueError(f'a stack of {n_models} models needs one module or a list of {n_models}, got a list of {len(modules)}')
+    if wrong or not modules:
+        raise ValueError(f'a stack is made of an nn.Module or a list of them, got {(wrong or [module])[0]!r}')
+    if several and len(modules) != n_models:
+        raise ValueError(f'a stack of {n_models} models needs one module or a list of {n_models}, '
+                         f'got a list of {len(modules)}')
     check_alike(modules)
     return modules
 
 def _values(modules, kind, m): # yields name, (M, ...)
+    "Parameters or buffers with the model axis, those of one module without a copy."
     one, *others = [dict(getattr(module, f'named_{kind}')()) for module in modules]
     for name, v in one.items():
-        v = v.detach()
-        yield name, torch.stack([v, *(other[name].detach().to(v.device) for other in others)]) if others else v.expand(m, *v.shape)
+        v, rest = v.detach(), [other[name].detach().to(v.device) for other in others]
+        yield name, torch.stack([v, *rest]) if rest else v.expand(m, *v.shape)
 
 # %% ../nbs/13_stacked.ipynb #d42262ec
 def _leaves(stack, start, trained):
     "Parameters with the model axis: views of the flat vector where trained, copies where frozen."
-    views, grads = _views(stack.flat, trained, stack.n_models), _views(stack.flat.grad, trained, stack.n_models)
+    views, grads = (_views(flat, trained, stack.n_models) for flat in (stack.flat, stack.flat.grad))
     for name, value in start:
         if name in views: views[name].copy_(value)
         value = views[name] if name in views else value.to(stack.flat.device, copy=True).contiguous()
@@ -258,81 +314,258 @@ def _buffers(stack, modules):
     if stack.mode == 'plain': stacked = ((name, b[0]) for name, b in stacked)
     return {name: b.to(stack.flat.device, copy=True).contiguous() for name, b in stacked}
 
+# %% ../nbs/13_stacked.ipynb #b1d00032
+def _lay_out(stack, module, layout, folded):
+    "Set `layout`, and keep what `_settle` needs."
+    if layout not in ('batch', 'channels'):
+        raise ValueError(f"layout must be 'batch' or 'channels', got {layout!r}")
+    if folded and layout == 'channels':
+        raise ValueError("folded=True promises activations with the models in the batch: use layout='batch'")
+    able = layout == 'channels' and stack.mode == 'fold'
+    stack.layout, stack.obstacle, stack.samples = 'channels' if able else 'batch', None, [None]
+    stack.settled = stack.row_major = False
+    stack.trial = copy.deepcopy(module).to('meta') if able else None
+    if able: _with_ways_back(stack.module, stack.n_models, stack.samples)
+
+# %% ../nbs/13_stacked.ipynb #b1d00020
+@contextmanager
+def ieee_float32():
+    "Inside, float32 products and convolutions are float32, without TF32 or bfloat16; afterwards as before."
+    b = torch.backends
+    pairs = (b.cuda, 'matmul'), (b.cudnn, 'conv'), (b.cudnn, 'rnn'), (b.mkldnn, 'matmul'), (b.mkldnn, 'conv')
+    owners = [getattr(owner, name, None) for owner, name in pairs]
+    new = [(o, o.fp32_precision) for o in owners if hasattr(o, 'fp32_precision')]
+    try: old = torch.get_float32_matmul_precision(), b.cudnn.allow_tf32
+    except RuntimeError: old = None
+    if old:
+        torch.set_float32_matmul_precision('highest')
+        b.cudnn.allow_tf32 = False
+    else:
+        for o, _ in new: o.fp32_precision = 'ieee'
+    try: yield
+    finally:
+        if old:
+            torch.set_float32_matmul_precision(old[0])
+            b.cudnn.allow_tf32 = old[1]
+        for o, before in new: o.fp32_precision = before
+
+# %% ../nbs/13_stacked.ipynb #b1d0003e
+def _close(a, b, rtol=1e-3, atol=1e-4): # atol: a share of the largest number
+    "Whether two tensors are equal up to rounding."
+    scale = float(b.nan_to_num(posinf=0, neginf=0).abs().max())
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=atol * scale, equal_nan=True)
+
+# %% ../nbs/13_stacked.ipynb #b1d00037
+def _answers(stack, x):
+    "Outputs in evaluation and float32, leaving no trace."
+    parts = [(m, m.training) for m in stack.module.modules()]
+    rng = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+    try:
+        stack.module.eval()
+        with torch.no_grad(), rng, ieee_float32(), _without_autocast(x): return _apply(stack, x)
+    finally:
+        for m, training in parts: m.training = training
+
+def _wants_rows(stack, x):
+    "Whether code of the module's own asks for images in row-major order."
+    own = [m for m in stack.module.modules() if not type(m).__module__.startswith('torch.')]
+    if all(isinstance(m, _Stacked) for m in own): return False
+    try: _answers(stack, x[:, :1])
+    except Exception as e: return 'view size is not compatible' in str(e)
+    return False
+
+def _in_rows(layer, args, out): return out.contiguous()
+
+# %% ../nbs/13_stacked.ipynb #b1d0003c
+def _settle(stack, x):
+    "Models in the channels where nothing is in the way, and images in row-major order where code wants it."
+    if stack.settled: return stack
+    stack.settled, module, stack.trial = True, stack.trial, None
+    if module is not None:
+        stack.obstacle = obstacle(module, x.shape[2:])
+        stack.layout = 'batch' if stack.obstacle else 'channels'
+        if not stack.obstacle: _put_in_channels(stack.module)
+    if stack.layout == 'batch' and _wants_rows(stack, x):
+        stack.row_major = True
+        for layer in stack.module.modules():
+            if isinstance(layer, (nn.Conv2d, StackedConv2d)): layer.register_forward_hook(_in_rows)
+    return stack
+
 # %% ../nbs/13_stacked.ipynb #488dd12a
 class Stack:
-    "M copies of a module with weights (M, ...) on one flat vector; called on (M, B, ...), it returns (M, B, outputs)."
-    def __init__(self, module, # nn.Module, whose parameters are every model's initialisation, or a list of M that differ in values only
+    "M models with weights (M, ...) on one flat vector; called on (M, B, ...), it returns (M, B, outputs)."
+    def __init__(self, module, # nn.Module, whose parameters are every start; or a list of M, one a model
                  n_models: int = None, # M; None: 1, or the length of the list
                  device='cpu', # of weights and inputs
-                 folded: bool = False # stacked layers even for one model, for code that hooks into them
+                 folded: bool = False, # stacked layers even for one model, for code that hooks into them
+                 layout: str = 'batch' # or 'channels': where activations have the models, if they can
                 ):
         self.n_models = m = n_models or (len(module) if isinstance(module, (list, tuple)) else 1)
         modules = _modules(module, m)
-        original = copy.deepcopy(modules[0]).to(device)
-        self.module = copy.deepcopy(original)
+        self.module, names = copy.deepcopy(modules[0]).to(device), _names(modules[0])
         self.unfolded = fold(self.module) if m > 1 or folded else None
         self.mode = 'plain' if self.unfolded is None else 'vmap' if self.unfolded else 'fold'
-        if self.mode == 'vmap': self.module = original
-        trained = {k: p.shape for k, p in original.named_parameters() if p.requires_grad}
+        if self.mode == 'vmap': self.module = copy.deepcopy(modules[0]).to(device)
+        trained = {k: p.shape for k, p in modules[0].named_parameters() if p.requires_grad}
         self.flat = torch.zeros(m * sum(s.numel() for s in trained.values()), device=device)
         self.flat.grad = torch.zeros_like(self.flat)
         with torch.no_grad(): self.weights = dict(_leaves(self, _values(modules, 'parameters', m), trained))
         self.buffers = _buffers(self, modules)
-        if self.mode != 'vmap':
-            for kind in ('parameters', 'buffers'): _attach_all(self.module, original, kind, self.weights if kind == 'parameters' else self.buffers)
+        if self.mode != 'vmap': _attach_all(self, names)
+        _lay_out(self, modules[0], layout, folded)
 
-    def __call__(self, x): return _forward(self, x)
+    def __call__(self, x): return _apply(_settle(self, x), x)
 
 # %% ../nbs/13_stacked.ipynb #c7ea8c7c
-def _forward(stack, x):
+def _apply(stack, x):
+    "Outputs (M, B, ...) of every model for its inputs (M, B, ...)."
+    if stack.row_major: x = x.contiguous()
     if stack.mode == 'plain': return stack.module(x[0])[None]
-    if stack.mode == 'fold': return stack.module(x.flatten(0, 1)).unflatten(0, (stack.n_models, -1))
+    if stack.mode == 'fold':
+        stack.samples[0] = x.shape[1]
+        x = _side_by_side(x) if stack.layout == 'channels' else x.flatten(0, 1)
+        return stack.module(x).unflatten(0, (stack.n_models, -1))
     def one(weights, buffers, x): return functional_call(stack.module, (weights, buffers), (x,))
     try: return vmap(one, randomness='different')(stack.weights, stack.buffers, x)
     except (RuntimeError, NotImplementedError) as e:
-        raise ValueError(f'cannot stack {", ".join(stack.unfolded)}: {e}; train one model at a time with stack=1') from e
+        raise ValueError(f'cannot stack {", ".join(stack.unfolded)}: {e}; '
+                         'train one model at a time with stack=1') from e
 
-# %% ../nbs/13_stacked.ipynb #dbd3d41e
-def own_parts(module: nn.Module # any
-             ) -> str: # names of its parts, for a message
-    "The parts of a module whose code is not torch's."
-    own = [f'{name or "the module itself"} ({type(m).__name__})' for name, m in module.named_modules() if not type(m).__module__.startswith('torch.')]
-    return ', '.join(own) or type(module).__name__
+# %% ../nbs/13_stacked.ipynb #b1d0000e
+def _side_by_side(x: torch.Tensor # (M, B, c, h, w)
+                 ) -> torch.Tensor: # (B, M*c, h, w), channels last in memory
+    "The images of M models as channels of one batch."
+    return x.permute(1, 3, 4, 0, 2).flatten(3).contiguous().permute(0, 3, 1, 2)
 
-# %% ../nbs/13_stacked.ipynb #075c751c
-def _separate(stack, x): # (2, B, ...)
-    "Whether the first model's outputs in training are the same beside other inputs of the second, chance being equal."
-    stack.module.train()
-    def first(x):
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            torch.manual_seed(0)
-            return stack(x)[0]
-    return _close(first(torch.stack([x[0], -x[1]])), first(x))
+# %% ../nbs/13_stacked.ipynb #b1d00011
+class _Flatten(_Stacked):
+    "nn.Flatten of M models; output (M*B, features)."
+    def __init__(self, m, samples): # samples: [B], kept up to date by the stack
+        super().__init__(None)
+        self.n_models, self.samples = m, samples
 
-def _close(a, b):
-    scale = float(b.nan_to_num(posinf=0, neginf=0).abs().max())
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+    def leave(self, x):
+        return to_batch(x, self.n_models) if self.models_in_channels and len(x) == self.samples[0] else x
 
-# %% ../nbs/13_stacked.ipynb #18575331
-@torch.no_grad()
-def check_independence(module: nn.Module, x: torch.Tensor # (B, ...) some inputs
-                      ) -> None:
-    "ValueError if folding changes what the module computes, or lets one model see another's inputs in training."
-    together, alone = (Stack(copy.deepcopy(module).eval(), m, x.device) for m in (2, 1))
-    if together.mode != 'fold': return
-    x = torch.stack([x, x / 2]).nan_to_num(0., 0., 0.)
-    x = x / x.abs().max().clamp(min=1) + torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    expected = torch.cat([alone(x[:1]), alone(x[1:])])
-    try: same = _close(together(x), expected) and _separate(together, x)
-    except Exception as e: raise ValueError(f'cannot stack {own_parts(module)}: {e}; train one model at a time with stack=1') from e
-    if not same: raise ValueError(f'cannot stack {own_parts(module)}: it mixes the samples of a batch; train one model at a time with stack=1')
+    def forward(self, x): return self.leave(x).flatten(1)
+
+class _Average(_Flatten):
+    "nn.AdaptiveAvgPool2d(1) of M models; output (M*B, c, 1, 1)."
+    def forward(self, x): return self.leave(F.adaptive_avg_pool2d(x, 1))
+
+# %% ../nbs/13_stacked.ipynb #b1d00030
+def _with_ways_back(module, m, samples): # changed in place
+    "Replace what makes features of images by layers that can take the models back into the batch."
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is None or not _plain(child): continue
+            flat = type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1)
+            average = type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
+            if flat or average: parent._modules[name] = (_Flatten if flat else _Average)(m, samples)
+    return module
+
+def _put_in_channels(module):
+    "Tell the stacked layers of a module that the models lie in the channels."
+    for layer in module.modules():
+        if isinstance(layer, _Stacked): layer.models_in_channels = True
+
+# %% ../nbs/13_stacked.ipynb #b1d00014
+_SEPARATE = frozenset( # functions that treat every number, or every channel of every sample, by itself
+    'add add_ sub sub_ mul mul_ div div_ __rsub__ neg pow square abs exp sqrt clamp where maximum minimum '
+    'relu relu_ relu6 sigmoid tanh gelu silu mish elu celu selu leaky_relu hardtanh hardsigmoid hardswish '
+    'softplus dropout dropout2d max_pool2d max_pool2d_with_indices avg_pool2d native_dropout '
+    'bernoulli_ empty_like new_empty '
+    'contiguous clone detach float bfloat16 to _to_copy type_as dim dtype device'.split())
+
+def _images(values, b):
+    "Whether images of a batch of b samples are among some values or in the lists among them."
+    return any(isinstance(t, torch.Tensor) and t.dim() > 2 and len(t) == b
+               for v in values for t in (v if isinstance(v, (list, tuple)) else [v]))
+
+# %% ../nbs/13_stacked.ipynb #b1d0002d
+class _Outside(TorchFunctionMode):
+    "Inside, TypeError at the first function of images that might treat models in the channels as one."
+    def __init__(self, module, b): # b: samples in the batch, by which images are known
+        super().__init__()
+        self.b, self.depth, self.found = b, 0, None
+        for layer in module.modules():
+            if isinstance(layer, _Stacked): layer.register_forward_pre_hook(self.enter)
+            if isinstance(layer, _Stacked): layer.register_forward_hook(self.leave)
+
+    def enter(self, layer, args):
+        self.depth += 1
+        if type(layer) is StackedLinear: self.refuse('nn.Linear', args)
+
+    def leave(self, layer, args, out): self.depth -= 1
+
+    def refuse(self, name, values):
+        if _images(values, self.b): self.found = f'{name} of images'
+        if self.found: raise TypeError(self.found)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, '__name__', repr(func))
+        if name == '__get__': name = func.__self__.__name__
+        known = name.split('.')[0] in _SEPARATE
+        if not (self.depth or known): self.refuse(name, [*args, *kwargs.values()])
+        return func(*args, **kwargs)
+
+# %% ../nbs/13_stacked.ipynb #b1d00041
+class _Beneath(TorchDispatchMode):
+    "The same for operations, which also compiled code ends in."
+    def __init__(self, outside):
+        super().__init__()
+        self.outside = outside
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if not self.outside.depth and torch.Tag.pointwise not in func.tags and name not in _SEPARATE:
+            self.outside.refuse(name, [*args, *kwargs.values()])
+        return func(*args, **kwargs)
+
+# %% ../nbs/13_stacked.ipynb #b1d00016
+def obstacle(module: nn.Module, # one network
+             shape: tuple # of one input
+            ): # -> text, or None where nothing is in the way
+    "What keeps a network's models out of the channels."
+    if len(shape) != 3: return f'inputs of shape {tuple(shape)} are no images'
+    if not any(type(m) is nn.Conv2d for m in module.modules()): return 'it has no convolution'
+    twin = Stack(copy.deepcopy(module).to('meta'), 2, 'meta')
+    if twin.mode != 'fold': return f'{", ".join(twin.unfolded)} has no stacked counterpart'
+    _put_in_channels(_with_ways_back(twin.module, 2, [7]))
+    x = _side_by_side(torch.empty(2, 7, *shape, device='meta'))
+    for training in (True, False):
+        outside = _Outside(twin.module.train(training), 7)
+        try:
+            with torch.no_grad(), outside, _Beneath(outside): out = twin.module(x)
+        except Exception as e: return outside.found or str(e) or type(e).__name__
+        if outside.found or len(out) != 14: return outside.found or 'its outputs are images'
+
+# %% ../nbs/13_stacked.ipynb #b1d0001c
+def faster_layout(make, # function of a layout: a new `Stack`
+                  x: torch.Tensor, # (M, B, ...) inputs on the stack's device
+                  repeats: int = 5 # steps timed, after two that are not
+                 ) -> str: # 'batch' or 'channels'
+    "The layout in which forward and backward take less time; 'batch' where the module allows no other."
+    def seconds(stack):
+        wait = (lambda: torch.cuda.synchronize(x.device)) if x.is_cuda else (lambda: None)
+        wait()
+        start = time.perf_counter()
+        stack(x).float().square().mean().backward()
+        wait()
+        return time.perf_counter() - start
+    taken = {}
+    for layout in ('batch', 'channels'):
+        stack = make(layout)
+        times = [seconds(stack) for _ in range(2 + repeats)]
+        if stack.layout == layout: taken[layout] = statistics.median(times[2:])
+    return min(taken, key=taken.get)
 
 # %% ../nbs/13_stacked.ipynb #01a98baf
 def state(stack: Stack # any mode
          ) -> dict: # name -> (M, ...) tensor, parameters first, then buffers
     "Parameters and buffers of all models."
-    plain = stack.mode == 'plain'
-    return {k: v.detach()[None] if plain else v.detach() for k, v in [*stack.weights.items(), *stack.buffers.items()]}
+    tensors = [*stack.weights.items(), *stack.buffers.items()]
+    return {k: v.detach()[None] if stack.mode == 'plain' else v.detach() for k, v in tensors}
 
 # %% ../nbs/13_stacked.ipynb #98ebc2da
 def load_state(stack: Stack, # changed in place
@@ -347,4 +580,82 @@ def hashes(values: dict # as returned by `state`
           ) -> list: # M strings of 64 hexadecimal digits
     "SHA-256 of each model's raw bytes, tensors in order, row-major."
     rows = [t.cpu().contiguous().reshape(len(t), -1).numpy() for t in values.values()]
-    return [hashlib.sha256(b''.join(np.ascontiguousarray(r[m]).tobytes() for r in rows)).hexdigest() for m in range(len(rows[0]))]
+    raw = lambda m: b''.join(np.ascontiguousarray(r[m]).tobytes() for r in rows)
+    return [hashlib.sha256(raw(m)).hexdigest() for m in range(len(rows[0]))]
+
+# %% ../nbs/13_stacked.ipynb #dbd3d41e
+def own_parts(module: nn.Module # any
+             ) -> str: # names of its parts, for a message
+    "The parts of a module whose code is not torch's."
+    own = [f'{name or "the module itself"} ({type(m).__name__})' for name, m in module.named_modules()
+           if not type(m).__module__.startswith('torch.')]
+    return ', '.join(own) or type(module).__name__
+
+# %% ../nbs/13_stacked.ipynb #075c751c
+_MIXES = 'it mixes the samples of a batch'
+_DRAWS = ('it draws random numbers outside of training, or answers the same inputs differently '
+          'from call to call (F.dropout needs training=self.training)')
+_READS = ('it reads single numbers out of tensors (.item(), float() or an if on a tensor), '
+          'and in a stack one number would stand for all models')
+_ALTERS = 'its layers with weights compute something else in a stack; are their weights used elsewhere too?'
+
+def _first_in_training(stack, x, beside=False): # (2, B, ...)
+    "The first of two models in training, with the same random numbers every time, or beside other inputs."
+    torch.manual_seed(0)
+    stack.module.train()
+    return stack(torch.stack([x[0], -x[1]]) if beside else x)[0]
+
+# %% ../nbs/13_stacked.ipynb #b1d00022
+class _Watch(TorchDispatchMode):
+    "Collects the tags of the operations carried out inside."
+    def __init__(self):
+        super().__init__()
+        self.tags = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.tags.update(getattr(func, 'tags', ()))
+        return func(*args, **(kwargs or {}))
+
+def _draws(stack, x):
+    "Whether a stack in evaluation draws random numbers or answers differently from call to call."
+    with _Watch() as watch: once, again = stack(x), stack(x)
+    return torch.Tag.nondeterministic_seeded in watch.tags or not _close(once, again)
+
+# %% ../nbs/13_stacked.ipynb #b1d00035
+def _fault(plain, alone, together, x): # (2, B, ...)
+    "Why two models cannot be stacked, or None."
+    values, watch = state(_settle(together, x)), _Watch()
+    def answer(k): return load_state(alone, {name: v[k:k + 1] for name, v in values.items()})(x[k:k + 1])
+    each, as_written = [answer(0), answer(1)], plain(x[:1])
+    with watch: both, first = together(x), _first_in_training(together, x)
+    beside = _first_in_training(together, x, beside=True)
+    same = _close(both, torch.cat(each)) and _close(beside, first)
+    if same and _close(each[0], as_written, .05, .05):
+        return _READS if torch.Tag.data_dependent_output in watch.tags else None
+    if _draws(alone, x[1:]) or not _close(_first_in_training(together, x), first): return _DRAWS
+    if torch.Tag.data_dependent_output in watch.tags: return _READS
+    return _ALTERS if same else _MIXES
+
+# %% ../nbs/13_stacked.ipynb #18575331
+@torch.no_grad()
+def check_independence(module: nn.Module, x: torch.Tensor, # (B, ...) some inputs
+                       layout: str = 'batch' # as in `Stack`
+                      ) -> None:
+    "ValueError, with the reason, if stacking changes what the module computes or mixes the models."
+    net = copy.deepcopy(module).eval()
+    together = Stack(net, 2, x.device, layout=layout)
+    if together.mode != 'fold': return
+    plain, alone = Stack(net, 1, x.device), Stack(net, 1, x.device, folded=True)
+    for layer in alone.module.modules():
+        if isinstance(layer, StackedConv2d): layer.one_as_product = layout == 'batch'
+    for value in state(together).values():
+        if value.is_floating_point(): value[1] *= .9
+    x = torch.stack([x, x / 2]).nan_to_num(0., 0., 0.)
+    shift = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    x = x / x.abs().max().clamp(min=1) + shift
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), ieee_float32():
+        plain(x[:1])
+        try: why = _fault(plain, alone, together, x)
+        except Exception as e: why = str(e) or type(e).__name__
+    if not why: return
+    raise ValueError(f'cannot stack {own_parts(module)}: {why}; train one model at a time with stack=1')
