@@ -421,7 +421,7 @@ def _check_last_batch(spec, module, x): # resolved; a copy of the network; input
 
 # %% ../nbs/20_ensemble.ipynb #2e0a0008
 # sizes of weights drawn anew, given their size
-_SIZES = (lambda size: size), (lambda size: 10 * size), (lambda size: 1.), (lambda size: 100.)
+_SIZES = (lambda size: size), (lambda size: 10 * size), (lambda size: 1.), (lambda size: 1e4)
 
 @torch.no_grad()
 def _probes(module, x): # changes the weights of the network between the inputs that it yields
@@ -465,10 +465,10 @@ def check_outputs(spec: TrainSpec, x # resolved; (n, ...) training inputs
     if isinstance(spec.module, torch.jit.ScriptModule):
         raise ValueError('module was compiled by torch.jit, so its parameters cannot be replaced: '
                          'pass the Python module that it was made from')
-    module, rows = copy.deepcopy(spec.module).cpu(), torch.from_numpy(np.array(x[:2], np.float32))
-    for training in (False, True): _check_mode(spec, module, rows, training)
-    _check_last_batch(spec, module, x)
-    check_logits(module, x)
+    fresh, rows = lambda: copy.deepcopy(spec.module).cpu(), torch.from_numpy(np.array(x[:2], np.float32))
+    for training in (False, True): _check_mode(spec, fresh(), rows, training)
+    _check_last_batch(spec, fresh(), x)
+    check_logits(fresh(), x)
 
 # %% ../nbs/20_ensemble.ipynb #2e0a0010
 def stackable(spec: TrainSpec, x # resolved from stack='auto'; (n, ...) training inputs

@@ -66,8 +66,8 @@ def to_array(X, # array, nested lists, tensor or data frame
         raise ValueError(f'Complex data not supported: {name} must hold real numbers, got dtype {x.dtype}; '
                          'pass real and imaginary parts as features of their own')
     if x.dtype.kind not in 'biuf':
-        raise ValueError(f'{name} must be numeric and hold real numbers, got dtype {x.dtype}: encode categories '
-                         f'and dates first; text that stands for numbers goes through {name}.astype(float)')
+        raise ValueError(f'{name} must be numeric and hold real numbers, got dtype {x.dtype}: encode '
+                         f'categories and dates first; text that stands for numbers goes through {name}.astype(float)')
     return x
 
 # %% ../nbs/05_inputs.ipynb #1a05c017
@@ -212,9 +212,9 @@ def warn_scale(x: np.ndarray, std: float, # (n, ...) inputs, standard deviation 
 def device_name(device # 'cpu', 'cuda', 'cuda:1' ... or a torch.device
                ) -> str: # 'cpu', 'cuda' or 'cuda:1' ...
     "The name of a device on which models can be trained; ValueError for other kinds."
-    try: found = torch.device(device)
-    except (RuntimeError, TypeError): found = None
-    if found is None or isinstance(device, bool) or found.type not in ('cpu', 'cuda'):
+    try: found = torch.device(device) if isinstance(device, (str, torch.device)) else None
+    except RuntimeError: found = None
+    if found is None or found.type not in ('cpu', 'cuda'):
         raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:1' ..., got {device!r}: "
                          'nothing here has been tested on devices of another kind')
     return 'cpu' if found.type == 'cpu' else str(found)
