@@ -441,7 +441,7 @@ def _upright(im): # opened image -> RGB, turned as its file says
     hidden = np.asarray(im.getchannel('A')) < 255
     if hidden.any():
         raise ValueError(f'{hidden.mean():.2%} of its pixels are transparent, and what is behind them is '
-                         'unknown; put it on a colour of your choice (Image.alpha_composite), and save it opaque')
+                         'unknown; put it on a colour of your choice (Image.alpha_composite), and save that')
     return im.convert('RGB')
 
 def read_image(path, # an image file

@@ -406,7 +406,7 @@ def _check_mode(spec, module, rows, training): # resolved; a copy of the network
                          f'for {spec.n_classes} classes, got {tuple(out.shape)}{mode}')
     if training and not out.requires_grad:
         raise ValueError('module cannot be trained: its outputs do not depend on its parameters in a way '
-                         'that can be differentiated; look for detach, torch.no_grad or argmax in its forward')
+                         'that can be differentiated; look for detach, no_grad or argmax in its forward')
 
 # %% ../nbs/20_ensemble.ipynb #2e0a0005
 def _check_last_batch(spec, module, x): # resolved; a copy of the network; inputs
@@ -529,19 +529,20 @@ _ENOUGH = 5 # models that answer before there is a warning
 
 def warn_one_class(classes: np.ndarray, n: int # (C,) the user's labels, models wanted
                   ): # function of the finished groups, to be called after each
-    "Warns once where nearly all answers at the training rows are one class."
+    "Warns once where nearly all answers of a model at the training rows are one class."
     def look(done):
         p = [g['probabilities'][LOOK] for g in done.values() if LOOK in g['probabilities']]
         if not p or said or sum(map(len, p)) < min(n, _ENOUGH): return
         said.append(True)
-        votes = np.concatenate(p).argmax(2)
-        share = np.bincount(votes.ravel(), minlength=len(classes)) / votes.size
-        if share.max() < .99: return
-        found, label = f'{share.max():.1%} of the answers', classes.tolist()[share.argmax()]
-        warnings.warn(f'{found} of the first {len(votes)} models at {votes.shape[1]} training rows, taken '
-                      f'from all {len(classes)} classes in turn, are {label!r}: the models have learnt '
-                      'nothing that tells the classes apart. Train longer (epochs) or in larger steps (lr), '
-                      'bring the inputs to the scale of the noise, or take less noise')
+        votes = np.concatenate(p)[:n].argmax(2)
+        counts = (votes[:, :, None] == np.arange(len(classes))).sum(1)
+        share, favourite = counts.max(1).mean() / votes.shape[1], np.bincount(counts.argmax(1)).argmax()
+        if share < .99: return
+        agree, label = (counts.argmax(1) == favourite).sum(), classes.tolist()[favourite]
+        warnings.warn(f'each of the first {len(votes)} models gives one answer ({label!r} for {agree} of them) '
+                      f'at {share:.1%} of {votes.shape[1]} training rows, taken from all {len(classes)} classes '
+                      'in turn: the models have learnt nothing that tells the classes apart. Train longer (epochs) '
+                      'or in larger steps (lr), bring the inputs to the scale of the noise, or take less noise')
     said = []
     return look
 
