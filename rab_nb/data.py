@@ -440,14 +440,14 @@ def _upright(im): # opened image -> RGB, turned as its file says
     im = im.convert('RGBA')
     hidden = np.asarray(im.getchannel('A')) < 255
     if hidden.any():
-        raise ValueError(f'{hidden.mean():.2%} of its pixels are transparent, and what is behind them is unknown; '
-                         'put it on a colour of your choice (Image.alpha_composite), and save it opaque')
+        raise ValueError(f'{hidden.mean():.2%} of its pixels are transparent, and what is behind them is '
+                         'unknown; put it on a colour of your choice (Image.alpha_composite), and save that')
     return im.convert('RGB')
 
 def read_image(path, # an image file
                size: int # side of the result, in pixels
               ) -> np.ndarray: # (size, size, 3) uint8
-    "One image in RGB, upright and resized (bilinear); ValueError where it is huge, deep, transparent or broken."
+    "One image in RGB, upright and resized (bilinear); ValueError if huge, deep, transparent or broken."
     from PIL import Image
     try:
         with Image.open(path) as im:

@@ -66,8 +66,9 @@ def to_array(X, # array, nested lists, tensor or data frame
         raise ValueError(f'Complex data not supported: {name} must hold real numbers, got dtype {x.dtype}; '
                          'pass real and imaginary parts as features of their own')
     if x.dtype.kind not in 'biuf':
-        raise ValueError(f'{name} must be numeric and hold real numbers, got dtype {x.dtype}: encode categories '
-                         f'and dates first; text that stands for numbers goes through {name}.astype(float)')
+        raise ValueError(f'{name} must be numeric and hold real numbers, got dtype {x.dtype}: encode '
+                         'categories and dates first; text that stands for numbers becomes numbers with '
+                         f'{name}.astype(float)')
     return x
 
 # %% ../nbs/05_inputs.ipynb #1a05c017
@@ -193,7 +194,8 @@ def _scale_text(low, high, std, pixels): # (d,) smallest and largest values, noi
         levels = f'{std:.3g} grey level{"" if abs(std - 1) < .02 else "s"}'
         return (f'X runs from {low.min():g} to {high.max():g} and sigma, the noise\'s standard deviation, '
                 f'is {std:.3g}: noise of {levels}, 1/{ratio:.0f} of the range. '
-                'Divide X by 255, or choose sigma, and read the radius, in grey levels')
+                f'Divide X by {255 if high.max() > 127 else high.max():g}, or choose sigma, and read the '
+                'radius, in grey levels')
     return (f'feature {j} of X runs from {low[j]:g} to {high[j]:g}, {ratio:.3g} times sigma, the noise\'s '
             f'standard deviation of {std:.3g}, which hides next to nothing there: rescale the features by '
             'factors fixed in advance, or choose a larger sigma; radii are in the units of the features')
@@ -206,15 +208,15 @@ def warn_scale(x: np.ndarray, std: float, # (n, ...) inputs, standard deviation 
     low, high = rows.min(0).astype(np.float64), rows.max(0).astype(np.float64)
     if std <= 0 or (high - low).max() <= LOUD * std: return
     images = x.ndim > 2 and low.min() >= 0 and 1 < high.max() <= 255
-    warnings.warn(_scale_text(low, high, std, pixels or images))
+    warnings.warn(_scale_text(low, high, std, images or (pixels and rows.shape[1] >= 16)))
 
 # %% ../nbs/05_inputs.ipynb #1a05c039
 def device_name(device # 'cpu', 'cuda', 'cuda:1' ... or a torch.device
                ) -> str: # 'cpu', 'cuda' or 'cuda:1' ...
     "The name of a device on which models can be trained; ValueError for other kinds."
-    try: found = torch.device(device)
-    except (RuntimeError, TypeError): found = None
-    if found is None or isinstance(device, bool) or found.type not in ('cpu', 'cuda'):
+    try: found = torch.device(device) if isinstance(device, (str, torch.device)) else None
+    except RuntimeError: found = None
+    if found is None or found.type not in ('cpu', 'cuda'):
         raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:1' ..., got {device!r}: "
                          'nothing here has been tested on devices of another kind')
     return 'cpu' if found.type == 'cpu' else str(found)
