@@ -8,14 +8,16 @@ __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'sort_ce
            'laplace_quantile', 'laplace_cdf', 'closed_form', 'log_overlap', 'components', 'component_cells',
            'change_of', 'sampled_least', 'least_vote', 'check_probability', 'robustness_condition', 'condition_margin',
            'check_log_probability', 'complement', 'with_tail', 'close_gap', 'are_close', 'gaussian_radius',
-           'check_interval', 'log_half_gap', 'uniform_certifies', 'uniform_linf_radius', 'laplace_radius',
-           'uniform_l1_radius']
+           'relabelled_radius', 'check_relabelled', 'joint_norm', 'check_interval', 'log_half_gap', 'uniform_certifies',
+           'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius']
 
 # %% ../nbs/00_theory.ipynb #078fcc27
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import logsumexp, ndtr, ndtri, ndtri_exp
+
+from .labels import relabelled_shift
 
 # %% ../nbs/00_theory.ipynb #e1d7deaf
 def smoothing_functional(phi=lambda x, z: x, # what z does to a test input
@@ -322,6 +324,79 @@ def gaussian_radius(p_a, # lower bound of the winner's probability, in [0, 1], a
     z_a, z_b = with_tail(z_a, lambda v: -ndtri_exp(v), log_q_a), with_tail(ndtri(p_b), ndtri_exp, log_p_b)
     with np.errstate(invalid='ignore'): gap = np.where(are_close(p_a, p_b), close_gap(p_a, p_b), z_a - z_b)
     return sigma / 2 * np.fmax(gap, 0.)
+
+# %% ../nbs/00_theory.ipynb #2bcf0001
+def relabelled_radius(p_a, # lower bound of the winner's probability, in [0, 1], any shape
+                      sigma, # standard deviation of the noise on the features, > 0
+                      flip: float, # probability that a label is replaced, in [0, 1 - 1/n_classes)
+                      n_relabelled, # rows whose label was changed, whole numbers >= 0; broadcasts against p_a
+                      n_classes: int = 2, # C
+                      p_b=None, # upper bound of the runner-up's probability; None: 1 - p_a
+                      log_q_a=None, log_p_b=None # log(1 - p_a) and log(p_b): exact far out in the tails
+                     ): # certified total l2 norm, rounded down; nan where not even unmarked rows are certified
+    """Radius of (24) for an attack that changes labels as well: Theorem 1 for the product of both noises.
+
+    Equal to `gaussian_radius` for no relabelled rows. ValueError for arguments outside of their range."""
+    log_p_b = log_q_a if p_b is None and log_p_b is None else log_p_b
+    p_b = 1 - check_probability('p_a', p_a) if p_b is None else p_b
+    alone = gaussian_radius(p_a, p_b, sigma, log_q_a, log_p_b)
+    rows = check_relabelled(flip, n_relabelled, n_classes)
+    logs = [_log_tail(complement(np.asarray(p_a, float), p_b), log_q_a), _log_tail(np.asarray(p_b, float), log_p_b)]
+    alone, sigma, rows, *logs = np.broadcast_arrays(alone, np.asarray(sigma, float), rows, *logs)
+    out = np.array(alone)
+    for r in np.unique(rows[rows > 0]):
+        here = rows == r
+        out[here] = sigma[here] * _shifts(*(v[here] for v in logs), flip, int(r), n_classes)
+    return out[()]
+
+# %% ../nbs/00_theory.ipynb #2bcf0002
+_MOST_ROWS = 5_000_000 # relabelled rows
+
+def check_relabelled(flip, n_relabelled, n_classes: int): # see `relabelled_radius` -> rows as int64
+    "ValueError where flip, n_relabelled or n_classes is outside of its range."
+    if isinstance(n_classes, bool) or not isinstance(n_classes, (int, np.integer)) or n_classes < 2:
+        raise ValueError(f'n_classes must be a whole number >= 2, got {n_classes!r}')
+    if np.ndim(flip) or not 0 <= flip < 1 - 1 / n_classes:
+        raise ValueError(f'flip must be one number in [0, {1 - 1 / n_classes:.4g}), so that the true label stays the likeliest '
+                         f'of {n_classes} classes; got {flip!r}')
+    rows = np.asarray(n_relabelled)
+    bad = rows.dtype.kind not in 'iuf' or not (np.isfinite(rows) & (rows >= 0) & (rows == np.floor(rows)) & (rows <= _MOST_ROWS)).all()
+    if bad: raise ValueError(f'n_relabelled must hold whole numbers from 0 to {_MOST_ROWS:,}, got {n_relabelled!r}')
+    return rows.astype(np.int64)
+
+def _log_tail(p, log_p): # probability, its logarithm or None
+    with np.errstate(divide='ignore'): return np.log(p) if log_p is None else np.asarray(log_p, float)
+
+def _shifts(log_q_a, log_p_b, flip, r, n_classes): # (m,), (m,) -> (m,) in standard deviations
+    certain = np.isneginf(log_q_a) & np.isneginf(log_p_b) & (flip > 0)
+    out = np.where(certain, np.inf, np.nan)
+    open_ = ~certain & (flip > 0) & (log_q_a < 0) & (log_p_b < 0)
+    if open_.any():
+        low = np.maximum([log_q_a[open_], log_p_b[open_]], -1e5) # beyond it the radius is 447 sigma
+        out[open_] = relabelled_shift(*low, flip, r, n_classes)
+    return out
+
+# %% ../nbs/00_theory.ipynb #2bcf0006
+def joint_norm(pattern_norms, # l2 norms of the marks in training rows, any shape; [] for none
+               sigma, # standard deviation of the noise on the training features, > 0
+               test_norm=0., # l2 norm of the mark on the test input
+               test_sigma=None # standard deviation of independent noise on the test input; None or 0: there is none
+              ) -> float: # to be compared with a certified radius
+    """sigma * sqrt(sum ||pi_i||^2 / sigma^2 + ||pi_0||^2 / test_sigma^2): the norm of all marks, in units of sigma.
+
+    Without marks on the test input it is the total norm of (24); without marks in training, sigma / test_sigma times
+    the norm of Cohen et al. (2019). ValueError for a marked test input without noise, and for values out of range."""
+    norms = np.ravel(np.asarray(pattern_norms, float))
+    for name, value in dict(pattern_norms=norms, test_norm=test_norm).items():
+        value = np.asarray(value, float)
+        if not (np.isfinite(value) & (value >= 0)).all(): raise ValueError(f'{name} must be finite and >= 0, got {value}')
+    for name, value in dict(sigma=sigma, test_sigma=test_sigma or 1.).items():
+        if not (np.isfinite(value) and value > 0): raise ValueError(f'{name} must be a finite number > 0, got {value!r}')
+    if test_norm and not test_sigma:
+        raise ValueError(f'a mark of norm {test_norm} on the test input is covered only by noise of its own there: give test_sigma')
+    largest = max(norms.max(initial=0.), 1e-300)
+    training = largest * np.sqrt(((norms / largest)**2).sum())
+    return float(np.hypot(training, sigma * test_norm / (test_sigma or 1.)))
 
 # %% ../nbs/00_theory.ipynb #e841aeaf
 def check_interval(a, b):
