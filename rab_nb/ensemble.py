@@ -17,6 +17,7 @@ __all__ = ['SMALL', 'STACKS', 'ENGINE', 'WHOLE', 'EAGER_STEPS', 'LOOK', 'M_TRIM_
 import copy
 import ctypes
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -452,10 +453,12 @@ def cuda_graph(function # without arguments, of tensors that stay where they are
     return graph.replay
 
 # %% ../nbs/20_ensemble.ipynb #6c38362c
+def _backend(name): return importlib.import_module(f'torch.backends.{name}')
+
 def _precisions(): # the parts of torch that have a float32 precision of their own, in this version
-    b = torch.backends
-    parts = (getattr(part, name, None) for part in (b.cudnn, b.mkldnn) for name in ('conv', 'rnn', 'matmul'))
-    return [part for part in (b.cuda.matmul, *parts) if hasattr(part, 'fp32_precision')]
+    places = [('cuda', 'matmul'), *((part, name) for part in ('cudnn', 'mkldnn') for name in ('conv', 'rnn', 'matmul'))]
+    parts = [getattr(_backend(part), name, None) for part, name in places]
+    return [part for part in parts if hasattr(part, 'fp32_precision')]
 
 def _setting(read, usual): # the usual value where torch refuses to tell, as its two interfaces disagree
     try: return read()
@@ -464,7 +467,7 @@ def _setting(read, usual): # the usual value where torch refuses to tell, as its
 @contextmanager
 def exact_float32():
     "Products of float32 numbers in float32, cuDNN repeatable; afterwards the flags are the caller's again."
-    cudnn, parts = torch.backends.cudnn, _precisions()
+    cudnn, parts = _backend('cudnn'), _precisions()
     matmul = _setting(torch.get_float32_matmul_precision, 'highest')
     before = matmul, _setting(lambda: cudnn.allow_tf32, True), cudnn.deterministic, cudnn.benchmark
     values = [part.fp32_precision for part in parts]
@@ -475,8 +478,8 @@ def exact_float32():
 
 def _set_precision(matmul, tf32, deterministic, benchmark, parts, values):
     torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
+    cudnn = _backend('cudnn')
+    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = tf32, deterministic, benchmark
     for part, value in zip(parts, values): part.fp32_precision = value
 
 # %% ../nbs/20_ensemble.ipynb #f0418fe7

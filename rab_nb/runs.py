@@ -693,7 +693,7 @@ def _until(limit: float | None) -> float: # of `time.monotonic`
     "When the last shard has to be finished."
     if limit is None: return math.inf
     if not 0 < limit < math.inf: raise ValueError(f'--time-limit must be a number of seconds > 0, got {limit}')
-    return time.monotonic() - _age() + limit - min(3 + .02 * limit, .5 * limit)
+    return time.monotonic() - _age() + limit - min(5 + .02 * limit, .5 * limit)
 
 # %% ../nbs/30_runs.ipynb #7bfe5e33
 def _tell(runs: list, blocks: list) -> bool: # of Run; of Block

@@ -13,8 +13,8 @@ from scipy import stats
 from rab_nb import bounds
 from rab_nb.certificate import Certificate, VoteStatistics, certify, certify_statistics, exact_certificate
 from rab_nb.knn import SmoothedKNNClassifier
-from rab_nb.metrics import (abstention_rate, attack_success_rate, certified_accuracy, certified_rate, clean_accuracy,
-                            constant_accuracy, prediction_accuracy)
+from rab_nb.metrics import (abstention_rate, attack_success_rate, certified_accuracy, certified_rate,
+                            clean_accuracy, constant_accuracy, prediction_accuracy)
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, rng
 
 DRAWS = 20_000
@@ -205,7 +205,7 @@ noises = st.one_of(st.floats(1e-300, 1e300).map(GaussianNoise), st.floats(1e-3, 
                    st.tuples(st.floats(-10, 0), st.floats(.1, 10)).map(lambda ends: UniformNoise(*ends)))
 
 
-texts = st.text(st.characters(codec='utf-8'), max_size=5) | st.text(max_size=5)  # the second has lone surrogates
+texts = st.text(st.characters(codec='utf-8'), max_size=5) | st.text(max_size=5)  # these with surrogates
 floats = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -221,11 +221,13 @@ def certificates(draw):
     classes = draw(st.none() | st.integers(1, 50) | st.integers(1, 4).flatmap(distinct))
     last = 2**62 if classes is None else (classes if isinstance(classes, int) else len(classes)) - 1
     column = lambda elements: np.array(draw(st.lists(elements, min_size=n, max_size=n)))
-    prediction, p_a, p_b, noise = column(st.integers(-1, last)).astype(np.int64), column(unit), column(unit), draw(noises)
+    prediction, p_a, p_b = column(st.integers(-1, last)).astype(np.int64), column(unit), column(unit)
+    noise = draw(noises)
     arguments = draw(st.dictionaries(st.sampled_from(['d', 'n_poisoned']), st.integers(1, 10**6)))
     unknown = noise.norm == 'linf' and len(arguments) < 2
     radius = np.where((prediction >= 0) & (p_a > p_b), column(st.just(np.nan) if unknown else size), 0)
-    return Certificate(classes=classes, prediction=prediction, radius=radius, p_a=p_a, p_b=p_b, noise=noise, radius_arguments=arguments,
+    return Certificate(classes=classes, prediction=prediction, radius=radius, p_a=p_a, p_b=p_b, noise=noise,
+                       radius_arguments=arguments,
                        log_q_a=column(log) if draw(st.booleans()) else None, log_p_b=column(log) if draw(st.booleans()) else None,
                        alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])), votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
                        n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()))
@@ -237,7 +239,8 @@ def test_csv_round_trip_is_exact(tmp_path_factory, cert):
     path = tmp_path_factory.mktemp('csv')/'certificate.csv'
     cert.to_csv(path)
     back = Certificate.from_csv(path)
-    assert back == cert and back.numbered == cert.numbered and repr(back.labels.tolist()) == repr(cert.labels.tolist())
+    assert back == cert and back.numbered == cert.numbered
+    assert repr(back.labels.tolist()) == repr(cert.labels.tolist())
     assert back.radius.tobytes() == cert.radius.tobytes() or np.isnan(cert.radius).any()
     back.to_csv(path)
     assert Certificate.from_csv(path) == cert
@@ -303,18 +306,20 @@ def test_metrics_against_a_loop():
 
 # Labels -----------------------------------------------------------------------------------------
 
-NAMES = {'1, 2': [1, 2], '-1, 1': [-1, 1], '1, -1': [1, -1], 'texts': ['no', 'yes'], 'numbers as texts': ['1', '0'],
-         'booleans': [False, True], 'floats': [.5, 2.], '0, 1, 3, 4': [0, 1, 3, 4], 'int8': np.int8([3, -1]),
-         'uint64': np.uint64([2**64 - 1, 0]), 'beyond float64': [2**53, 2**53 + 1], 'int and float': [2**53 + 1, .5],
+NAMES = {'1, 2': [1, 2], '-1, 1': [-1, 1], '1, -1': [1, -1], '0, 1, 3, 4': [0, 1, 3, 4],
+         'booleans': [False, True], 'floats': [.5, 2.], 'int8': np.int8([3, -1]),
+         'uint64': np.uint64([2**64 - 1, 0]), 'beyond float64': [2**53, 2**53 + 1], 'int and float': [2**53 + 1, .5], 'texts': ['no', 'yes'],
+         'numbers as texts': ['1', '0'], 'empty text': ['', 'abstain'],
+         'odd texts': ['<b>', 'a,"b"\r\n\0\ud800'],
          'objects': np.array(['b', 'a'], object), 'categories': pd.Categorical(['b', 'a']),
-         'nullable': pd.array([7, 5], 'Int64'), 'empty text': ['', 'abstain'], 'odd texts': ['<b>', 'a,"b"\r\n\0\ud800']}
-FORMS = (list, tuple, lambda v: np.array(v, object), lambda v: pd.Series(v, index=range(7, 7 + len(v)), dtype=object),
+         'nullable': pd.array([7, 5], 'Int64')}
+FORMS = (list, tuple, lambda v: np.array(v, object), lambda v: pd.Series(v, range(7, 7 + len(v)), object),
          lambda v: pd.Series(v, dtype=object).astype('category'))
 MANY = 60
 
 
 def outputs_and_columns(n_classes, seed=0):
-    "Outputs of 150 models at 60 points, true columns, a certificate without names; some points abstain, some are wrong."
+    "Outputs of 150 models, true columns, a certificate without names that abstains and errs here and there."
     g = np.random.default_rng(seed)
     column = g.integers(n_classes, size=MANY)
     favoured = np.where(g.random(MANY) < .2, g.integers(n_classes, size=MANY), column)
@@ -327,9 +332,10 @@ def by_hand(cert, column, r):
     answers = [None if c == -1 else c for c in cert.prediction.tolist()]
     points = list(zip(answers, column.tolist(), cert.radius))
     share = lambda rule: sum(rule(*point) for point in points)/len(points)
-    return dict(accuracy=share(lambda c, t, _: c == t), certified=share(lambda c, t, radius: c == t and radius > r),
-                rate=share(lambda c, t, radius: radius > r), attack=share(lambda c, t, _: c == 0),
-                abstains=share(lambda c, t, _: c is None), constant=share(lambda c, t, _: t == 0))
+    return dict(accuracy=share(lambda c, t, _: c == t), attack=share(lambda c, t, _: c == 0),
+                certified=share(lambda c, t, radius: c == t and radius > r),
+                rate=share(lambda c, t, radius: radius > r), abstains=share(lambda c, t, _: c is None),
+                constant=share(lambda c, t, _: t == 0))
 
 
 def by_metrics(cert, y, target, r):
@@ -343,7 +349,7 @@ def by_metrics(cert, y, target, r):
 
 @pytest.mark.parametrize('names', NAMES.values(), ids=NAMES)
 def test_metrics_speak_the_labels_of_the_user(names, tmp_path):
-    "Every metric is what a count in columns gives, whatever the classes are called and whatever the labels come in."
+    "Every metric is what a count in columns gives, whatever the classes are called and the labels come in."
     p, column, plain = outputs_and_columns(len(names))
     assert .1 < abstention_rate(plain) < .9 and .1 < prediction_accuracy(plain, column) < .95
     cert, wanted = certify(p, GaussianNoise(1.), classes=names), by_hand(plain, column, .3)
@@ -357,7 +363,8 @@ def test_metrics_speak_the_labels_of_the_user(names, tmp_path):
     cert.to_csv(tmp_path/'c.csv')
     back, first = Certificate.from_csv(tmp_path/'c.csv'), int(np.argmax(plain.prediction >= 0))
     assert back == cert and by_metrics(back, y, values[0], .3) == pytest.approx(wanted)
-    assert repr(back.classes.tolist()) == repr(cert.classes.tolist()) and back.classes.dtype == cert.classes.dtype
+    assert back.classes.dtype == cert.classes.dtype
+    assert repr(back.classes.tolist()) == repr(cert.classes.tolist())
     assert f'class {cert.labels.tolist()[first]!r},' in cert.explain(first)
 
 
@@ -369,7 +376,8 @@ def test_metrics_do_not_depend_on_names(data, n_classes, seed):
     wanted, r = by_hand(plain, column, .2), .2
     for _ in range(2):
         names = data.draw(distinct(n_classes))
-        cert = plain.named(names) if data.draw(st.booleans()) else certify(p, GaussianNoise(1.), classes=names)
+        later = data.draw(st.booleans())
+        cert = plain.named(names) if later else certify(p, GaussianNoise(1.), classes=names)
         assert by_metrics(cert, [names[c] for c in column], names[0], r) == pytest.approx(wanted)
 
 
@@ -379,7 +387,8 @@ def test_labels_that_are_no_columns_are_refused_where_classes_have_no_names(shif
     with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, column + shift)
     with pytest.raises(ValueError, match='pass classes='): certified_accuracy(plain, column + shift, [0, .5])
     for words in (['no', 'yes'], ['0', '1']):
-        with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, np.array(words)[column])
+        y = np.array(words)[column]
+        with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, y)
     assert prediction_accuracy(plain, column == 1) == prediction_accuracy(plain, column)
 
 
@@ -388,13 +397,15 @@ def test_labels_of_another_kind_or_none_of_the_classes():
     y = np.array(['no', 'yes'])[column]
     cert = plain.named(['no', 'yes'])
     gap = 'NaN at point 0'
-    for bad, words in ((column, 'numbers such as'), (column == 1, 'booleans such as'), (y[None], r'\(1, 60\)'),
-                       (np.full(MANY, 'maybe'), "60 of 60 labels y, such as 'maybe'"), ([None, *y[1:]], gap),
+    for bad, words in ((column, 'numbers such as'), (column == 1, 'booleans such as'),
+                       (y[None], r'\(1, 60\)'),
+                       (['maybe']*MANY, "60 of 60 labels y, such as 'maybe'"), ([None, *y[1:]], gap),
                        ([np.nan, *y[1:]], gap), ([pd.NA, *y[1:]], gap), ([1, *y[1:]], 'numbers and texts'),
-                       ([b'no']*MANY, 'bytes'), (np.zeros(MANY, 'M8[D]'), 'got date'), (np.zeros(MANY, complex), 'complex')):
+                       ([b'no']*MANY, 'bytes'), (np.zeros(MANY, 'M8[D]'), 'date'), (1j*column, 'complex')):
         with pytest.raises(ValueError, match=words): prediction_accuracy(cert, bad)
         with pytest.raises(ValueError, match=words): certified_accuracy(cert, bad, .1)
-    with pytest.raises(ValueError, match='booleans such as True'): prediction_accuracy(plain.named([1, 2]), column == 1)
+    one_two = plain.named([1, 2])
+    with pytest.raises(ValueError, match='booleans such as True'): prediction_accuracy(one_two, column == 1)
     with pytest.raises(ValueError, match='finite'): prediction_accuracy(plain, np.where(column, np.inf, 0))
     masked = np.ma.masked_array(column, np.arange(MANY) == 3)
     with pytest.raises(ValueError, match='NaN at point 3'): prediction_accuracy(plain, masked)
@@ -404,8 +415,9 @@ def test_a_class_that_training_had_not_counts_as_wrong():
     p, column, plain = outputs_and_columns(2)
     cert, y = plain.named(['a', 'b']), np.array(['a', 'b'], object)[column]
     y[:6] = 'c'
-    with pytest.warns(UserWarning, match="6 of 60 labels y, such as 'c'"): score = prediction_accuracy(cert, y)
-    assert score == np.mean([label == t for label, t in zip(cert.labels, y)]) < prediction_accuracy(plain, column)
+    with pytest.warns(UserWarning, match="6 of 60 labels y, such as 'c'"):
+        score = prediction_accuracy(cert, y)
+    assert score == sum(a == t for a, t in zip(cert.labels, y))/MANY < prediction_accuracy(plain, column)
 
 
 @pytest.mark.parametrize('target', ['maybe', 0, True, None, float('nan'), -1, ['no']])
@@ -420,9 +432,10 @@ def test_a_target_that_is_no_class(target):
 
 
 @pytest.mark.parametrize('classes, words', [
-    (['a'], 'must name 2'), (['a', 'b', 'c'], 'must name 2'), ([], 'must name 2'), (['a', 'a'], 'twice'), ([1, 1.], 'twice'),
-    ([1, True], 'booleans and numbers'), ([0, 'a'], 'numbers and texts'), ([0, np.nan], 'NaN'), (['a', None], 'None'),
-    ([0, np.inf], 'inf'), ('ab', r'shape \(\)'), ({'a', 'b'}, r'shape \(\)'), ([['a', 'b']], r'\(1, 2\)'),
+    (['a'], 'must name 2'), (['a', 'b', 'c'], 'must name 2'), ([], 'must name 2'), (['a', 'a'], 'twice'),
+    ([1, 1.], 'twice'), ([1, True], 'booleans and numbers'), ([0, 'a'], 'numbers and texts'),
+    ([0, np.nan], 'NaN'), (['a', None], 'None'), ([0, np.inf], 'inf'),
+    ('ab', r'shape \(\)'), ({'a', 'b'}, r'shape \(\)'), ([['a', 'b']], r'\(1, 2\)'),
     ([b'a', b'b'], 'bytes'), (np.array(['2020', '2021'], 'M8[Y]'), 'date'), ([1 + 1j, 2], 'complex'),
     ([('a',), ('b',)], r'\(2, 1\)')])
 def test_classes_that_name_nothing(classes, words):
@@ -434,20 +447,22 @@ def test_classes_that_name_nothing(classes, words):
         with pytest.raises(ValueError, match=words): make()
     if len(classes) < 2 or 'must name' not in words:
         with pytest.raises(ValueError): replace(plain, classes=classes)
-        with pytest.raises(ValueError): exact_certificate(columns, 0*columns + .9, 0*columns, GaussianNoise(1.), classes=classes)
+        with pytest.raises(ValueError):
+            exact_certificate(columns, 0*columns + .9, 0*columns, GaussianNoise(1.), classes=classes)
 
 
-@pytest.mark.parametrize('names', [[1, 2], [-1, 1], [0, 1, 3, 4], ['no', 'yes'], [False, True], [1., 2.], ['ham', 'eggs', 'spam']], ids=str)
+@pytest.mark.parametrize('names', [[1, 2], [-1, 1], [0, 1, 3, 4], ['a', 'b'], [False, True], [1., 2.]], ids=str)
 def test_classifiers_certify_in_the_labels_they_were_given(names):
-    "Computed certificates of nearest neighbours: accuracy is scikit-learn's score, and the labels are those of `predict`."
+    "Certificates of nearest neighbours: accuracy is scikit-learn's score, labels are those of `predict`."
     g = np.random.default_rng(0)
     column = np.arange(80) % len(names)
     x, y = column[:, None] + .6*g.standard_normal((80, 3)), np.array(names)[column]
     model = SmoothedKNNClassifier(sigma=.3).fit(x[:40], y[:40])
     cert, predicted = model.certify(x[40:]), model.predict(x[40:])
     assert cert.classes.tolist() == model.classes_.tolist() and cert.labels.tolist() == predicted.tolist()
-    assert .5 < prediction_accuracy(cert, y[40:]) == prediction_accuracy(predicted, y[40:]) == model.score(x[40:], y[40:]) < 1
-    assert certified_accuracy(cert, y[40:], 0.) == model.score(x[40:], y[40:])
+    y, score = y[40:], model.score(x[40:], y[40:])
+    assert .5 < prediction_accuracy(cert, y) == prediction_accuracy(predicted, y) == score < 1
+    assert certified_accuracy(cert, y, 0.) == score
     share = np.mean(predicted == names[0])
     assert attack_success_rate(cert, names[0]) == attack_success_rate(predicted, names[0]) == share
 
@@ -456,21 +471,23 @@ def test_ambiguous_abstentions_are_refused():
     "A -1 among whole numbers may be a class of the user's or an abstention of `prediction`."
     _, _, plain = outputs_and_columns(2)
     with pytest.raises(ValueError, match='class or an abstention'): abstention_rate(plain.prediction)
-    assert abstention_rate([1, 0]) == 0 and abstention_rate(['a', None]) == abstention_rate([np.nan, 1.]) == .5
-    assert abstention_rate([None]) == 1
+    assert abstention_rate([1, 0]) == 0 and abstention_rate([None]) == 1
+    assert abstention_rate(['a', None]) == abstention_rate([np.nan, 1.]) == .5
 
 
 def test_batches_make_one_certificate():
     p, column, _ = outputs_and_columns(3)
     cert = certify(p, GaussianNoise(1.), classes=['a', 'b', 'c'])
     batches = [certify(p[:, i:i+25], GaussianNoise(1.), classes=['a', 'b', 'c']) for i in (0, 25, 50)]
-    assert Certificate.concatenate(batches) == Certificate.concatenate(iter(batches)) == Certificate.concatenate([cert]) == cert
-    for other in (replace(cert, alpha=.01), replace(cert, noise=GaussianNoise(2.)), cert.named(['a', 'c', 'b']),
-                  replace(cert, classes=None), replace(cert, log_p_b=np.log(cert.p_b))):
-        with pytest.raises(ValueError, match='1 differs from certificate 0 in '): Certificate.concatenate([cert, other])
+    join = Certificate.concatenate
+    assert join(batches) == join(iter(batches)) == join([cert]) == cert
+    for change in (dict(alpha=.01), dict(noise=GaussianNoise(2.)), dict(classes=['a', 'c', 'b']),
+                   dict(classes=None), dict(log_p_b=np.log(cert.p_b))):
+        with pytest.raises(ValueError, match='1 differs from certificate 0 in '):
+            join([cert, replace(cert, **change)])
     family = certify(p, GaussianNoise(1.), familywise=True)
-    with pytest.raises(ValueError, match='in one call'): Certificate.concatenate([family, family])
-    with pytest.raises(ValueError, match='no certificates'): Certificate.concatenate([])
+    with pytest.raises(ValueError, match='in one call'): join([family, family])
+    with pytest.raises(ValueError, match='no certificates'): join([])
 
 
 def test_words_frames_and_pages_show_names():
@@ -479,14 +496,14 @@ def test_words_frames_and_pages_show_names():
     won, lost = np.flatnonzero(cert.prediction >= 0), np.flatnonzero(cert.prediction < 0)
     assert repr(cert.labels[won[0]]) in cert.explain(won[0]) and 'abstains' in cert.explain(lost[0])
     lines = cert.explain([won[0], lost[0]]).split('\n')
-    assert len(lines) == 3 and lines[0].startswith(f'Point {won[0]}') and lines[1].startswith(f'Point {lost[0]}')
-    assert lines[2] == cert.explain() and cert.explain(slice(0, 2)).count('Point') == 2
+    assert [line.split(':')[0] for line in lines[:2]] == [f'Point {won[0]}', f'Point {lost[0]}']
+    assert lines[2:] == [cert.explain()] and cert.explain(slice(0, 2)).count('Point') == 2
     assert cert.explain(cert.prediction < 0).count('\n') == len(lost) - 1
     assert '<ham>' not in cert._repr_html_() and '&lt;ham&gt;' in cert[cert.prediction == 0]._repr_html_()
     frame = cert.to_frame(index=range(100, 100 + MANY))
     assert frame.index[0] == 100 and frame.label.isna().tolist() == (cert.prediction < 0).tolist()
     assert set(frame.label.dropna()) == {'<ham>', 'spam'}
-    assert cert[won].labels.tolist() == cert.labels[won].tolist() and cert[won].classes.tolist() == ['<ham>', 'spam']
+    assert cert[won].labels.tolist() == cert.labels[won].tolist()
 
 
 def test_a_file_with_another_label_or_too_few_classes(tmp_path):
@@ -494,11 +511,12 @@ def test_a_file_with_another_label_or_too_few_classes(tmp_path):
     certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.), classes=['ham', 'spam']).to_csv(path)
     text = path.read_text()
     label, names = 'line 2, column label: got ', '"[""ham"", ""spam""]"'
-    for old, new, words in (('1,spam', '1,ham', label + "'ham', must be 'spam'"), ('1,spam', '0,spam', label + "'spam', must be 'ham'"),
+    for old, new, words in (('1,spam', '1,ham', label + "'ham', must be 'spam'"),
+                            ('1,spam', '0,spam', label + "'spam', must be 'ham'"),
                             (names, '"[""ham"", ""eggs""]"', label + "'spam', must be 'eggs'"),
                             (names, '"[""ham""]"', 'line 2, column prediction: got 1, must be below 1'),
-                            *((names, other, 'JSON list of distinct labels') for other in ('"[""ham"", 1]"', '{}', '"[NaN, 1]"', '0')),
-                            (names, '1' + '0'*12, 'JSON list of distinct labels')):
+                            *((names, other, 'JSON list of distinct labels')
+                              for other in ('"[""ham"", 1]"', '{}', '"[NaN, 1]"', '0', '1' + '0'*12))):
         assert old in text
         path.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=words): Certificate.from_csv(path)

@@ -16,6 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from rab_nb.ensemble import RABClassifier
 from rab_nb.knn import SmoothedKNNClassifier
+from rab_nb.metrics import abstention_rate, attack_success_rate, certified_accuracy, prediction_accuracy
 from rab_nb.models import mlp
 from rab_nb.noise import GaussianNoise
 
@@ -88,6 +89,21 @@ def test_labels_of_every_kind_train_the_same_models(labels):
     np.testing.assert_array_equal(fitted.predict_proba(X), Sized().fit(X, Y).predict_proba(X))
     assert set(fitted.predict(X)) <= set(labels)
     with pytest.raises(ValueError, match='continuous'): Sized().fit(X, Y + .5 * (Y == 0))
+
+
+@pytest.mark.parametrize('labels', [[1, 2], [-1, 1], [False, True], ['a', 'b'], [1., 2.]], ids=str)
+def test_certificates_of_networks_speak_the_labels_of_fit(labels):
+    "The same models, votes and radii as for 0 and 1, under the names that `fit` was given."
+    names, columns = np.array(labels), Sized(20).fit(X, Y).certify(X, .5)
+    cert, won = Sized(20).fit(X, names[Y]).certify(X, .5), columns.prediction >= 0
+    assert 0 < won.sum() < len(X) and (cert.radius == columns.radius).all()
+    assert cert.labels[won].tolist() == names[columns.prediction[won]].tolist()
+    assert abstention_rate(cert) == np.mean(~won)
+    right = columns.prediction == Y
+    for r in (0, np.median(cert.radius[won])):
+        assert certified_accuracy(cert, names[Y], r) == np.mean(right & (columns.radius > r)) > 0
+    assert prediction_accuracy(cert, names[Y]) == np.mean(right)
+    assert attack_success_rate(cert, labels[0]) == np.mean(columns.prediction == 0)
 
 
 @ESTIMATORS

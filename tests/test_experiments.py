@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rab_nb import report, runs, tables
+from rab_nb import report, runs, store as blocks, tables
 
 EXPERIMENTS = tables.ROOT / 'nbs/experiments'
 
@@ -103,28 +103,63 @@ def test_a_profile_cannot_run_code(tmp_path):
     assert not (tmp_path / 'made').exists()
 
 
-@pytest.mark.parametrize('path', sorted((tables.ROOT / 'results').glob('*/table?.json')), ids=lambda path: f'{path.parent.name}-{path.stem}')
+COMMITTED = [path for profile in tables.SHARED for path in sorted((tables.ROOT / 'results' / profile).glob('table?.json'))]
+
+
+@pytest.mark.parametrize('path', COMMITTED, ids=lambda path: f'{path.parent.name}-{path.stem}')
 def test_committed_pages_agree_with_their_numbers(path):
-    page, scores = json.loads(path.read_text()), pd.read_csv(path.with_suffix('.csv'))
-    table = tables.spec(page['number'])
+    page = json.loads(path.read_text())
+    table, profile = tables.spec(page['number']), tables.load_profile(page['profile'])
+    assert path.with_suffix('.md').read_text() == report.page_markdown(page)
+    if 'cost' not in page:
+        assert page == json.loads(json.dumps(report.missing_page(table, profile))) and not path.with_suffix('.csv').exists()
+        return
+    scores = pd.read_csv(path.with_suffix('.csv'))
     assert page['lines'] == report.lines_of(scores, table, tables.statements(table)[0])
     assert page['verdict'] == report.verdict(scores, table)
     asked = {' / '.join(map(str, pair)) for pair in tables.load_profile(page['profile'])['data'][table.dataset]['pairs']}
     assert set(page['not_run']) == asked - set(scores.pair)
-    assert path.with_suffix('.md').read_text() == report.page_markdown(page)
-    for caption in ('Profile', 'Data:', 'seeds', 'alpha', 'Code'): assert caption in page['caption']
+    for caption in ('Profile', 'Data:', 'seeds', 'alpha'): assert caption in page['caption']
+    assert set(json.loads(path.with_suffix('.provenance.json').read_text())) == {'commit', 'versions'} and page['models']['asked'] == scores.n_models.max() or page['provisional']
 
 
 def test_the_list_of_results_is_that_of_its_pages():
     assert (tables.ROOT / 'results/README.md').read_text() == report.summary(report.pages(tables.ROOT / 'results'))
 
 
-def test_a_committed_summary_under_another_name_is_refused(tmp_path):
-    profile = tables.load_profile('cpu')
-    a, b = (tables.ensemble_runs(r, profile)['smoothed'] for r in tables.rows_of(tables.spec(1), profile)[:3:2])
-    name = lambda settings: f'{runs.experiment_id(settings)[:16]}.safetensors'
-    source = tables.ROOT / 'results/cpu/runs' / name(b)
-    shutil.copy(source, tmp_path / name(b))
-    assert tables.summary_of(b, tmp_path).settings['noise'] == b['noise']
-    shutil.move(tmp_path / name(b), tmp_path / name(a))
-    with pytest.raises(runs.ShardError, match='holds another run'): tables.summary_of(a, tmp_path)
+@pytest.mark.parametrize('path', [p for p in COMMITTED if p.with_suffix('.safetensors').exists()], ids=lambda path: f'{path.parent.name}-{path.stem}')
+def test_committed_numbers_are_those_of_their_blocks(path):
+    "The scores of every row, computed again from the file of blocks."
+    page = json.loads(path.read_text())
+    table, profile = tables.spec(page['number']), tables.load_profile(page['profile'])
+    found = tables.finished_rows(table, profile, statistics=path.with_suffix('.safetensors'))
+    text = tables.beside_paper(tables.with_means(tables.tidy(found, table)), table).to_csv(index=False, float_format='%.6g', lineterminator='\n')
+    assert text == path.with_suffix('.csv').read_text()
+
+
+def test_blocks_of_another_run_do_not_become_a_row(tmp_path):
+    "Settings are compared whole, not by the title that readers see."
+    profile = tables.load_profile('quick')
+    profile['ensemble']['mnist'] |= dict(epochs=1, n_models=25, shard_size=25)
+    profile['data']['mnist']['pairs'] = [[0, 1]]
+    row = tables.rows_of(tables.spec(1), profile)[0]
+    runs.run_all(list(tables.runs_of(row, profile).values()), n_jobs=1, device='cpu', progress=False, statistics=tmp_path / 'kept')
+    assert len(tables.finished_rows(tables.spec(1), profile, first=1, statistics=tmp_path / 'kept')) == 1
+    for change in (dict(epochs=2), dict(batch_size=16), dict(module=dict(name='digits_cnn', size=24, width=8)), dict(test_noise='none')):
+        other = dict(profile, ensemble=dict(mnist=profile['ensemble']['mnist'] | change))
+        assert tables.finished_rows(tables.spec(1), other, first=1, statistics=tmp_path / 'kept') == []
+    assert all(b.title == 'one_pixel 1.0 0.1 sigma 1.0 | 0/1 | seed 0' for b in blocks.read_blocks(tmp_path / 'kept') if b.key['kind'] == 'dnn')
+
+
+def tracked():
+    import subprocess
+    done = subprocess.run(['git', 'ls-files', '-z'], cwd=tables.ROOT, capture_output=True, text=True)
+    if done.returncode: pytest.skip('not a git checkout')
+    return [tables.ROOT / name for name in done.stdout.split('\0') if name]
+
+
+def test_the_tree_is_light():
+    "A clone, with a data set, fits onto a bare node."
+    size = sum(path.stat().st_size for path in tracked() if path.is_file())
+    assert size < 20 * 2**20, f'{size / 2**20:.1f} MiB are tracked'
+    assert not [path for path in tracked() if 'quick' in path.parts and 'results' in path.parts]

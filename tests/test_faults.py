@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 psutil = pytest.importorskip('psutil')
-from rab_nb import runs
+from rab_nb import runs, store
 
 pytestmark = pytest.mark.faults
 BIN = Path(sys.executable).parent
@@ -46,7 +46,7 @@ def undisturbed(tmp_path_factory):
     def arrays(settings):
         key = runs.canonical(settings)
         if key not in cache: cache[key] = runs.run(settings, tmp_path_factory.mktemp('undisturbed'), n_jobs=1, device='cpu', progress=False)
-        return {name: cache[key].arrays(name) for name in cache[key].read(0)[0]}
+        return {name: cache[key].arrays(name) for name in cache[key].read(cache[key].shards[0])[0]}
     return lambda settings: arrays(settings | {'seconds': 0} if settings['kind'] == 'drill' else settings)
 
 
@@ -55,7 +55,7 @@ def complete(settings, store, undisturbed, **how):
     r = runs.run(settings, store, device='cpu', progress=False, **({'n_jobs': 1} | how))
     for name, expected in undisturbed(settings).items(): np.testing.assert_array_equal(r.arrays(name), expected)
     assert r.missing() == []
-    assert sorted(p.name for p in r.folder.iterdir()) == sorted([r.path(s).name for s in range(r.n_shards)] + ['settings.json'])
+    assert sorted(p.name for p in r.folder.iterdir()) == sorted([r.path(s).name for s in r.shards] + ['settings.json'])
     return r
 
 
@@ -106,10 +106,10 @@ def test_shard_that_kills_its_worker(tmp_path, outcome):
     "a shard that ends every worker that tries it"
     script = 'import os, sys; sys.path.insert(0, sys.argv[2])\nfrom rab_nb import runs; import deadly\n' \
              'if __name__ == "__main__": runs.register("deadly", deadly.shard); runs.run(dict(kind="deadly", n_models=3, shard_size=1), sys.argv[1], n_jobs=2, progress=False)'
-    (tmp_path / 'deadly.py').write_text('import os, numpy as np\ndef shard(settings, i):\n    if i == 1: os.kill(os.getpid(), 9)\n    return {"a": np.zeros(1)}\n')
+    (tmp_path / 'deadly.py').write_text('import os, numpy as np\ndef shard(settings, models):\n    if models.start == 1: os.kill(os.getpid(), 9)\n    return {"a": np.zeros(1)}\n')
     (tmp_path / 'main.py').write_text(script)
     done = subprocess.run([sys.executable, tmp_path / 'main.py', tmp_path, tmp_path], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1 and 'shard 1 of run' in done.stderr and 'exit code -9' in done.stderr, done.stderr
+    assert done.returncode == 1 and 'shard 1-1 of run' in done.stderr and 'exit code -9' in done.stderr, done.stderr
     assert not list(tmp_path.rglob('.*.part'))
     outcome('the run gives up after three attempts: ' + done.stderr.strip().splitlines()[-1][:110])
 
@@ -128,7 +128,7 @@ def test_client_killed(settings, tmp_path, undisturbed, outcome):
     assert again.returncode == 0, errors
     assert before.items() <= written(settings, tmp_path).items(), 'a finished shard was computed again'
     r = complete(settings, tmp_path, undisturbed)
-    outcome(f'no orphans; {len(before)} of {r.n_shards} shards were finished and not computed again, result identical')
+    outcome(f'no orphans; {len(before)} of {len(r.shards)} shards were finished and not computed again, result identical')
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
@@ -195,7 +195,7 @@ def table1(store, monkeypatch, **how):
     rows = tables.rows_of(tables.spec(1), profile)
     runs.run_all([s for row in rows for s in tables.runs_of(row, profile).values()], store, device='cpu', progress=False, **how)
     monkeypatch.setenv('RAB_RUNS', str(store))
-    found = tables.finish(tables.spec(1), profile, compute=False)
+    found = tables.finish(tables.spec(1), profile, compute=False, statistics=None)
     assert len(found) == len(rows) == 24
     return tables.beside_paper(tables.with_means(tables.tidy(found, tables.spec(1))), tables.spec(1)).to_csv(index=False)
 
@@ -238,7 +238,7 @@ def test_dask_scheduler_killed(settings, cluster, tmp_path, undisturbed, outcome
 def test_dask_scheduler_gone(settings, tmp_path, outcome):
     "no Dask scheduler at the address"
     with pytest.raises(ConnectionError, match='no Dask scheduler answered at tcp://127.0.0.1:1 '):
-        list(runs.on_cluster([runs.Job(runs.open_run(settings, tmp_path), 0)], 'tcp://127.0.0.1:1', patience=2))
+        list(runs.on_cluster([runs.Job(runs.open_run(settings, tmp_path), range(2))], 'tcp://127.0.0.1:1', patience=2))
     outcome('a clear error after the time it was given')
 
 
@@ -256,20 +256,20 @@ def test_dask_client_killed(settings, cluster, tmp_path, undisturbed, outcome):
 def test_dask_resources(cluster, tmp_path, outcome):
     "none: a CUDA run on a cluster where one worker of three announces a GPU"
     cluster.add_worker('--resources', 'GPU=1', '--name', 'with-gpu')
-    def where(settings, shard):
+    def where(settings, models):
         from distributed import get_worker
         return {'worker': np.frombuffer(str(get_worker().name)[:8].encode(), np.uint8)[None]}
-    runs.register('where', where, lambda settings, device: {'device': 'cuda'})
-    r = runs.run(dict(kind='where', n_models=4, shard_size=1), tmp_path, scheduler=cluster.address, progress=False)
+    runs.register('where', where)
+    r = runs.run(dict(kind='where', n_models=4, shard_size=1, train={}), tmp_path, scheduler=cluster.address, device='cuda', progress=False)
     assert {bytes(row) for row in r.arrays('worker')} == {b'with-gpu'}
     outcome('all shards were computed by that worker')
 
 
 def test_dask_shard_fails(cluster, tmp_path, outcome):
     "a file that the Dask workers do not have"
-    def shard(settings, i): open('/there/is/no/such/file')
+    def shard(settings, models): open('/there/is/no/such/file')
     runs.register('failing', shard)
-    with pytest.raises(RuntimeError, match='shard 0 of run .* failed on Dask: FileNotFoundError'):
+    with pytest.raises(RuntimeError, match='shard 0-0 of run .* failed on Dask: FileNotFoundError'):
         runs.run(dict(kind='failing', n_models=1, shard_size=1), tmp_path, scheduler=cluster.address, progress=False)
     assert not list(tmp_path.rglob('*.part'))
     outcome('tried three times, then an error that names the shard and the file; not taken for a lost scheduler')
@@ -286,12 +286,13 @@ def test_damaged_shard(settings, how, tmp_path, undisturbed, outcome):
     settings |= {'seconds': 0}
     r = runs.run(settings, tmp_path, n_jobs=1, progress=False)
     other = runs.run(settings | {'n_points': 17}, tmp_path, n_jobs=1, progress=False)
-    r.path(4).write_bytes(DAMAGE[how](r.path(4).read_bytes(), other.path(4).read_bytes()))
+    fifth = r.shards[4]
+    r.path(fifth).write_bytes(DAMAGE[how](r.path(fifth).read_bytes(), other.path(fifth).read_bytes()))
     with pytest.raises(runs.ShardError): r.arrays('probabilities')
     assert runs.main(['runs', 'verify', '--store', str(tmp_path)]) == 1
     before = written(settings, tmp_path)
-    with pytest.warns(UserWarning, match='00004.safetensors .*computed again'): complete(settings, tmp_path, undisturbed)
-    assert [n for n, inode in written(settings, tmp_path).items() if before[n] != inode] == ['00004.safetensors']
+    with pytest.warns(UserWarning, match='00008-00009.safetensors .*computed again'): complete(settings, tmp_path, undisturbed)
+    assert [n for n, inode in written(settings, tmp_path).items() if before[n] != inode] == ['00008-00009.safetensors']
     outcome(f'{how}: detected, said, only that shard computed again, result identical')
 
 
@@ -299,12 +300,12 @@ def test_damaged_settings(settings, tmp_path, undisturbed, outcome):
     "settings.json damaged, or of another run"
     settings |= {'seconds': 0}
     r = runs.run(settings, tmp_path, n_jobs=1, progress=False)
-    for content in (b'', b'{', b'[' * 100_000, b'{"kind": "drill", "n_models": 1, "shard_size": 1}', b'\xff\xfe'):
+    for content in (b'', b'{', b'[' * 100_000, b'{"kind": "drill"}', b'\xff\xfe'):
         (r.folder / 'settings.json').write_bytes(content)
-        r.path(0).unlink()
+        r.path(r.shards[0]).unlink()
         assert runs.main(['runs', 'list', '--store', str(tmp_path)]) == 1
         complete(settings, tmp_path, undisturbed)
-        assert runs.read_settings(r.folder) == r.settings
+        assert store.read_settings(r.folder) == r.key
     outcome('listed as damaged, written again by the next run, result identical')
 
 
@@ -359,10 +360,10 @@ def test_read_only_store(settings, tmp_path, undisturbed, outcome):
 LOGGED = '''
 import os, sys, time, numpy as np
 from rab_nb import runs
-def shard(settings, i):
-    with open(sys.argv[2], 'a') as log: log.write(f'{i}\\n')
+def shard(settings, models):
+    with open(sys.argv[2], 'a') as log: log.write(f'{models.start}\\n')
     time.sleep(.1)
-    return {'a': np.full((1, 2, 2), i, np.float32)}
+    return {'a': np.full((1, 2, 2), models.start, np.float32)}
 runs.register('logged', shard)
 print(flush=True); sys.stdin.readline()
 r = runs.run(dict(kind='logged', n_models=40, shard_size=1), sys.argv[1], n_jobs=1, progress=False)
@@ -411,7 +412,7 @@ me, seen = psutil.Process(), []
 real = runs.Job.finish
 def finish(job, *a):
     real(job, *a)
-    if job.shard % 100 == 99: seen.append((me.memory_info().rss / 2**20, me.num_fds()))
+    if job.models.start % 100 == 99: seen.append((me.memory_info().rss / 2**20, me.num_fds()))
 runs.Job.finish = finish
 if __name__ == '__main__':
     r = runs.run(dict(kind='drill', n_models=1000, shard_size=1, n_points=20_000), sys.argv[1], n_jobs=2, progress=False)
