@@ -9,7 +9,8 @@ __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'sort_ce
            'change_of', 'sampled_least', 'least_vote', 'check_probability', 'robustness_condition', 'condition_margin',
            'check_log_probability', 'complement', 'with_tail', 'close_gap', 'are_close', 'gaussian_radius',
            'relabelled_radius', 'check_relabelled', 'joint_norm', 'check_interval', 'log_half_gap', 'uniform_certifies',
-           'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius']
+           'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius', 'relabelled_share',
+           'relabelled_laplace_radius']
 
 # %% ../nbs/00_theory.ipynb #078fcc27
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import logsumexp, ndtr, ndtri, ndtri_exp
 
-from .labels import relabelled_shift
+from .labels import laplace_shift, overlap_share, relabelled_shift
 
 # %% ../nbs/00_theory.ipynb #e1d7deaf
 def smoothing_functional(phi=lambda x, z: x, # what z does to a test input
@@ -246,7 +247,8 @@ def least_vote(eps, delta, # laws: masses over common atoms, scipy.stats, Produc
               ): # xi(zeta^-1(p), p) and its error
     "The least vote under delta of a class that has vote p under eps."
     p = check_probability('p', p)
-    if isinstance(eps, (list, tuple, np.ndarray)): return LevelSets(eps, delta).least(p), np.zeros(p.shape)
+    if isinstance(eps, (list, tuple, np.ndarray)):
+        return LevelSets(eps, delta).least(p), np.full(p.shape, 4e-16 * (4 + np.size(eps))) # rounding of the sums
     sides = components(eps), components(delta)
     if None in sides: return sampled_least(eps, delta, p, n, random_state)
     if len(sides[0]) != len(sides[1]): raise ValueError(f'eps has {len(sides[0])} components, delta {len(sides[1])}')
@@ -341,13 +343,8 @@ def relabelled_radius(p_a, # lower bound of the winner's probability, in [0, 1],
     p_b = 1 - check_probability('p_a', p_a) if p_b is None else p_b
     alone = gaussian_radius(p_a, p_b, sigma, log_q_a, log_p_b)
     rows = check_relabelled(flip, n_relabelled, n_classes)
-    logs = [_log_tail(complement(np.asarray(p_a, float), p_b), log_q_a), _log_tail(np.asarray(p_b, float), log_p_b)]
-    alone, sigma, rows, *logs = np.broadcast_arrays(alone, np.asarray(sigma, float), rows, *logs)
-    out = np.array(alone)
-    for r in np.unique(rows[rows > 0]):
-        here = rows == r
-        out[here] = sigma[here] * _shifts(*(v[here] for v in logs), flip, int(r), n_classes)
-    return out[()]
+    logs = _tails(p_a, p_b, log_q_a, log_p_b)
+    return _with_labels(relabelled_shift, alone, sigma, logs, flip, rows, n_classes)
 
 # %% ../nbs/00_theory.ipynb #2bcf0002
 _MOST_ROWS = 5_000_000 # relabelled rows
@@ -367,13 +364,25 @@ def check_relabelled(flip, n_relabelled, n_classes: int): # see `relabelled_radi
 def _log_tail(p, log_p): # probability, its logarithm or None
     with np.errstate(divide='ignore'): return np.log(p) if log_p is None else np.asarray(log_p, float)
 
-def _shifts(log_q_a, log_p_b, flip, r, n_classes): # (m,), (m,) -> (m,) in standard deviations
-    certain = np.isneginf(log_q_a) & np.isneginf(log_p_b) & (flip > 0)
-    out = np.where(certain, np.inf, np.nan)
-    open_ = ~certain & (flip > 0) & (log_q_a < 0) & (log_p_b < 0)
+def _tails(p_a, p_b, log_q_a, log_p_b): # log(1 - p_a) and log(p_b)
+    p_a, p_b = np.asarray(p_a, float), np.asarray(p_b, float)
+    return [_log_tail(complement(p_a, p_b), log_q_a), _log_tail(p_b, log_p_b)]
+
+def _with_labels(shift, alone, unit, logs, flip, rows, n_classes, certain=np.inf):
+    alone, unit, rows, *logs = np.broadcast_arrays(alone, np.asarray(unit, float), rows, *logs)
+    out = np.array(alone)
+    for r in np.unique(rows[rows > 0]):
+        here = rows == r
+        out[here] = unit[here] * _shifts(shift, *(v[here] for v in logs), flip, int(r), n_classes, certain)
+    return out[()]
+
+def _shifts(shift, log_q_a, log_p_b, flip, r, n_classes, certain): # (m,), (m,) -> (m,) in units of the noise
+    sure = np.isneginf(log_q_a) & np.isneginf(log_p_b) & (flip > 0)
+    out = np.where(sure, certain, np.nan)
+    open_ = ~sure & (flip > 0) & (log_q_a < 0) & (log_p_b < 0)
     if open_.any():
         low = np.maximum([log_q_a[open_], log_p_b[open_]], -1e5) # beyond it the radius is 447 sigma
-        out[open_] = relabelled_shift(*low, flip, r, n_classes)
+        out[open_] = shift(*low, flip, r, n_classes)
     return out
 
 # %% ../nbs/00_theory.ipynb #2bcf0006
@@ -450,3 +459,27 @@ def laplace_radius(p_a, p_b, # bounds of the winner's and the runner-up's probab
 def uniform_l1_radius(p_a, p_b, a, b): # as in `uniform_linf_radius`
     "(b - a)(p_a - p_b) / 2: total l1 norm that uniform noise certifies, whatever the number of entries and rows."
     return -check_interval(a, b) * np.expm1(log_half_gap(p_a, p_b))
+
+# %% ../nbs/00_theory.ipynb #2bcf0011
+def relabelled_share(p_a, p_b, # bounds of the winner's and the runner-up's probability, in [0, 1], any shape
+                     flip: float, n_relabelled, n_classes: int = 2, # as in `relabelled_radius`
+                     log_q_a=None, log_p_b=None # as in `relabelled_radius`
+                    ): # in [0, 1/2], rounded down; nan where nothing is certified
+    """How much of the box of uniform noise the patterns may move out of the overlap, besides the wrong labels.
+
+    (27) with labels: certified while 1 minus the product of the overlaps is smaller.
+    Errors as in `relabelled_radius`."""
+    alone = np.maximum(check_probability('p_a', p_a) - check_probability('p_b', p_b), 0) / 2
+    rows = check_relabelled(flip, n_relabelled, n_classes)
+    logs = _tails(p_a, p_b, log_q_a, log_p_b)
+    return _with_labels(overlap_share, alone, 1., logs, flip, rows, n_classes, certain=.5)
+
+def relabelled_laplace_radius(p_a, p_b, scale, # as in `laplace_radius`
+                              flip: float, n_relabelled, n_classes: int = 2, # as in `relabelled_radius`
+                              log_q_a=None, log_p_b=None # as in `laplace_radius`
+                             ): # certified total l1 norm, rounded down; nan where nothing is certified
+    "`laplace_radius` for an attack that changes labels as well. Errors as in `relabelled_radius`."
+    alone = laplace_radius(p_a, p_b, scale, log_q_a, log_p_b)
+    rows = check_relabelled(flip, n_relabelled, n_classes)
+    logs = _tails(p_a, p_b, log_q_a, log_p_b)
+    return _with_labels(laplace_shift, alone, scale, logs, flip, rows, n_classes)
