@@ -18,7 +18,6 @@ import copy
 import ctypes
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import time
@@ -971,7 +970,8 @@ class Voter(ClassifierMixin):
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
         """Certificates at X, see `certificate.certify`; its `labels` are `classes_`, None where it abstains.
 
-        Models that diverged count as wrong, and a UserWarning names their number."""
+        They cover wrong labels where label_noise > 0, and a mark on the test input where noise and u are Gaussian and
+        u comes from its stream. Models that diverged count as wrong, and a UserWarning names their number."""
         p = self.model_probabilities(X)
         return certify_worst(p, self.noise_, alpha, bound, votes, classes=self.classes_, **_covered(self), **options)
 
@@ -980,12 +980,13 @@ def _mean(p): # (N, n, C), NaN where a model has no answer -> (n, C), all classe
     n, total = answered.sum(0), np.where(answered, p, 0).sum(0, dtype=np.float64)
     return np.where(n, total / np.maximum(n, 1), 1 / p.shape[2]).astype(p.dtype)
 
-def _covered(self): # what else the training covers, labels and the test input, as far as `certify` knows of it
-    spec, known = getattr(self, 'spec_', None), inspect.signature(certify).parameters
+def _covered(self): # what a certificate covers besides the marks in training
+    spec = getattr(self, 'spec_', None)
     if spec is None: return {}
     law = u_law(spec) if spec.test_noise == 'stream' else None
-    covered = dict(label_noise=spec.label_noise, test_sigma=law.sigma if isinstance(law, GaussianNoise) else None)
-    return {name: value for name, value in covered.items() if name in known and value}
+    gaussian = isinstance(law, GaussianNoise) and isinstance(spec.noise, GaussianNoise)
+    return dict(label_noise=spec.label_noise, test_sigma=law.sigma if gaussian else None,
+                n_train=getattr(self, 'n_train_', None))
 
 # %% ../nbs/20_ensemble.ipynb #fc7617ba
 def finished(done: dict, # group number -> result
@@ -1078,7 +1079,7 @@ class _Fit(Voter, _Settings):
         if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
         if self.keep_models: self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
         self._data = data
-        self.spec_, self.noise_ = spec, spec.noise
+        self.spec_, self.noise_, self.n_train_ = spec, spec.noise, len(X)
         evals = {LOOK: X[some_rows(y)]} | evals
         train_groups(spec, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs,
                      self.verbose, warn_one_class(self.classes_, self.n_estimators))
@@ -1124,7 +1125,7 @@ def _about(self):
     module = initial_module(self.spec_.module, self.spec_.random_state)
     return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise_),
                 dp=repr(self.spec_.dp), module=repr(module), classes=self.classes_.tolist(),
-                input_shape=self.input_shape_,
+                input_shape=self.input_shape_, n_train=self.n_train_,
                 features=list(getattr(self, 'feature_names_in_', [])))
 
 def _load(cls, path, module, dp):
@@ -1140,4 +1141,5 @@ def _load(cls, path, module, dp):
     if about.get('features'): self.feature_names_in_ = np.array(about['features'], dtype=object)
     self.n_features_in_, self.spec_ = math.prod(self.input_shape_), _spec(self)
     self.noise_, self.groups_ = self.spec_.noise, groups
+    self.n_train_ = about.get('n_train')
     return self
