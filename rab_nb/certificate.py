@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import bounds
+from . import bounds, theory
 from .noise import GaussianNoise, LaplaceNoise, UniformNoise, noise_from_repr
 
 # %% ../nbs/03_certificate.ipynb #5958f41a
@@ -152,6 +152,9 @@ class Evidence:
     simultaneous: bool = True # valid for the class selected on the same outputs, against all its rivals
     familywise: bool = False # valid for all points together
     radius_arguments: dict = field(default_factory=dict) # d and n_poisoned, for uniform noise
+    label_noise: float = 0. # probability with which each training label was replaced by another class
+    test_sigma: float | None = None # of N(0, test_sigma^2), independent, on the test input; None: not covered
+    n_train: int | None = None # rows of the training set, where they are known
 
 # %% ../nbs/03_certificate.ipynb #0a1e3339
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -174,8 +177,16 @@ class Certificate(Evidence):
     def _repr_html_(self): return _html(self)
     labels = property(lambda self: _labels(self), doc='(n_points,), None where abstaining, or NaN for floats')
     def named(self, classes): "The same with other names, by position."; return _named(self, classes)
-    def covers(self, n_poisoned, pattern_norm): "Points whose prediction tolerates so many patterns of this norm."; return _covers(self, n_poisoned, pattern_norm)
+    def covers(self, n_poisoned, pattern_norm, relabelled=False, test_norm=0.):
+        "Points whose prediction tolerates so many patterns of this norm; see `_covers`."
+        return _covers(self, n_poisoned, pattern_norm, relabelled, test_norm)
+    def radius_with(self, n_relabelled):
+        "Radius beside so many wrong labels, nan where there is none; ValueError for more than there are rows."
+        return _radius_with(self, n_relabelled)
     def budget(self, n_poisoned=None): "(n_poisoned, largest norm of each pattern per point): the curve tolerated."; return _budget(self, n_poisoned)
+    def budget_map(self, n_relabelled, total_norms):
+        "Share of points that tolerate so many wrong labels beside these total norms."
+        return _budget_map(self, n_relabelled, total_norms)
     def explain(self, point=None): "What is certified, in words."; return _explain(self, point)
     def to_frame(self, index=None): "One row per point, as a pandas DataFrame."; return _to_frame(self, index)
     def to_csv(self, path): "Write one row per point; `from_csv` returns an equal certificate."; return _to_csv(self, path)
@@ -215,6 +226,33 @@ def _check_arguments(noise, arguments):
     unknown = sorted(set(arguments) - set(known))
     if unknown: raise ValueError(f'unknown {", ".join(unknown)}: the radius of {noise!r} depends on {" and ".join(known) or "nothing else"}')
 
+# %% ../nbs/03_certificate.ipynb #0e110002
+_REACH = dict(label_noise=0., test_sigma=None, n_train=None)
+
+def _finite(name, value, allowed, ok):
+    "A finite number that is allowed, as a float, or ValueError."
+    plain = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if plain and np.isfinite(value) and ok(value): return float(value)
+    raise ValueError(f'{name} must be {allowed}, got {value!r}')
+
+def _check_reach(noise, n_classes, label_noise, test_sigma, n_train):
+    "What else the smoothing covers, as arguments of a certificate; ValueError where it cannot be."
+    most = 1. if n_classes is None else 1 - 1/n_classes
+    allowed = f'in [0, {most:.4g}), so that the true label stays the likeliest'
+    fits = lambda v: 0 <= v < 1 and (n_classes is None or v * n_classes < n_classes - 1)
+    flip = _finite('label_noise', label_noise, allowed, fits)
+    sigma = _finite('test_sigma', test_sigma or 0., 'a finite number >= 0, or None', lambda v: v >= 0)
+    if sigma and not isinstance(noise, GaussianNoise):
+        raise ValueError('the test input is covered only where training and test noise are Gaussian, got '
+                         f'test_sigma={test_sigma!r} with {noise!r}: leave it at None, which covers no mark')
+    if flip and not hasattr(noise, 'relabelled_radius'):
+        raise ValueError('label_noise works with GaussianNoise, UniformNoise and LaplaceNoise, '
+                         f'got {noise!r}: leave it at 0, which covers no wrong label')
+    whole = isinstance(n_train, (int, np.integer)) and not isinstance(n_train, bool) and n_train >= 1
+    if not (n_train is None or whole):
+        raise ValueError(f'n_train must be a whole number >= 1, or None, got {n_train!r}')
+    return dict(label_noise=flip, test_sigma=sigma or None, n_train=int(n_train) if n_train else None)
+
 # %% ../nbs/03_certificate.ipynb #67b11a52
 def _radius(noise, p_a, p_b, arguments, **logs):
     "Radius by the noise; NaN if it still depends on d or n_poisoned."
@@ -225,11 +263,17 @@ def _certificate(top, p_a, p_b, noise, radius_arguments, **settings):
     "Certificate for the selected classes `top`: abstain where p_a <= p_b."
     if not hasattr(noise, 'radius'): raise ValueError(f'noise must be a smoothing noise such as GaussianNoise(1.0), got {noise!r}')
     _check_arguments(noise, radius_arguments)
+    reach = {k: settings.get(k, usual) for k, usual in _REACH.items()}
+    settings |= _check_reach(noise, _n_classes(settings.get('classes')), **reach)
     logs = {k: settings[k] for k in ('log_q_a', 'log_p_b') if settings.get(k) is not None}
     win = p_a > p_b
     radius = np.where(win, _radius(noise, p_a, p_b, radius_arguments, **logs), 0.)
     return Certificate(prediction=np.where(win, top, -1).astype(np.int64), radius=radius, p_a=p_a, p_b=p_b, noise=noise,
                        radius_arguments=radius_arguments, **settings)
+
+def _n_classes(classes):
+    "Number of classes that are given by name or by number, None where it is unknown."
+    return classes if classes is None or isinstance(classes, (int, np.integer)) else len(classes)
 
 # %% ../nbs/03_certificate.ipynb #98cf1819
 COMPUTED = ('exact', 'quantised')
@@ -242,6 +286,8 @@ def exact_certificate(prediction, # (n_points,), position of the most probable c
                       log_p_b=None, # (n_points,), log(p_b)
                       bound='exact', # 'quantised': of a nearest neighbour whose bucket edges are taken as given
                       classes=None, # (n_classes,) label of each position, or their number; None: unknown
+                      label_noise: float = 0., test_sigma: float | None = None, # as in `certify`
+                      n_train: int | None = None, # as in `certify`
                       **radius_arguments # d and n_poisoned, for uniform noise
                      ) -> Certificate: # with alpha 0
     "Certificate from computed probabilities, as in Algorithm 2; ValueError for a wrong shape, range or name."
@@ -253,8 +299,9 @@ def exact_certificate(prediction, # (n_points,), position of the most probable c
     if not ((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)).all(): raise ValueError('p_a and p_b must lie in [0, 1] and be free of NaN')
     if len(top) and top.dtype.kind not in 'biu':
         raise ValueError(f'prediction must be positions, got {top[:5]}')
+    reach = dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
     settings = dict(alpha=0., bound=bound, votes='exact', n_models=0, classes=classes)
-    return _certificate(top, p_a, p_b, noise, radius_arguments, **settings, **logs)
+    return _certificate(top, p_a, p_b, noise, radius_arguments, **settings, **reach, **logs)
 
 # %% ../nbs/03_certificate.ipynb #39a21c59
 def side_level(alpha: float, # probability that the statement fails
@@ -289,7 +336,8 @@ def check_settings(n_models: int, bound: str, votes: str, level: float # as in `
                          f'At least {needed} models are needed, or a larger alpha')
 
 # %% ../nbs/03_certificate.ipynb #661f7eb1
-def _certify(n_models, mean, sides, noise, alpha, bound, votes, classes, simultaneous, familywise, arguments):
+def _certify(n_models, mean, sides, noise, alpha, bound, votes, classes, simultaneous, familywise, arguments,
+             reach=()):
     "Select by the largest mean, bound both sides, certify."
     n_points, n_classes = mean.shape
     names = n_classes if classes is None else check_classes(classes, n_classes)
@@ -299,7 +347,8 @@ def _certify(n_models, mean, sides, noise, alpha, bound, votes, classes, simulta
     p_a = lower[np.arange(n_points), top]
     p_b = rivals_upper(top, p_a, upper, simultaneous)
     return _certificate(top, p_a, p_b, noise, arguments, alpha=float(alpha), bound=bound, votes=votes,
-                        n_models=n_models, simultaneous=simultaneous, familywise=familywise, classes=names)
+                        n_models=n_models, simultaneous=simultaneous, familywise=familywise, classes=names,
+                        **dict(reach))
 
 # %% ../nbs/03_certificate.ipynb #8468cd5e
 def certify_statistics(stats: VoteStatistics, # of all models
@@ -310,6 +359,8 @@ def certify_statistics(stats: VoteStatistics, # of all models
                        simultaneous: bool = True, # False: the paper's columns
                        familywise: bool = False, # make all points' certificates hold together
                        classes=None, # (n_classes,) labels, as in `certify`
+                       label_noise: float = 0., test_sigma: float | None = None, # as in `certify`
+                       n_train: int | None = None, # as in `certify`
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
     "`certify` for statistics that a run has kept; ValueError for 'betting', which needs every output in its order."
@@ -318,7 +369,9 @@ def certify_statistics(stats: VoteStatistics, # of all models
     n, counts = stats.n_models, stats.votes / stats.n_models
     mean = counts if votes == 'hard' else stats.mean
     sides = lambda level: _statistics_sides(stats, bound, votes, level)
-    return _certify(n, mean, sides, noise, alpha, bound, votes, classes, simultaneous, familywise, radius_arguments)
+    together, reach = (simultaneous, familywise), dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
+    settings = noise, alpha, bound, votes, classes
+    return _certify(n, mean, sides, *settings, *together, radius_arguments, reach)
 
 def _statistics_sides(stats, bound, votes, level):
     "Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the latter."
@@ -340,21 +393,28 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
             bound: str = 'hoeffding', # or 'empirical_bernstein', 'betting', 'clopper_pearson'
             votes: str = 'soft', # average probabilities, or 'hard': count decisions
             classes=None, # (n_classes,) labels, in the order of the last axis; None: 0 .. n_classes - 1
+            label_noise: float = 0., # probability with which each training label was replaced by another class
+            test_sigma: float | None = None, # of independent Gaussian noise on the test input; None: not covered
             *,
             simultaneous: bool = True, # valid for the class selected on these outputs; the paper's columns use False
             familywise: bool = False, # make all points' certificates hold together
+            n_train: int | None = None, # rows of the training set: no attack relabels more
             **radius_arguments # d and n_poisoned, for uniform noise
            ) -> Certificate:
     """Certificates from the outputs of N models: Algorithm 1 from `calculate bound` on. ValueError for
-    outputs that are no probabilities, too few models, an unknown bound, `classes` that do not fit."""
+    outputs that are no probabilities, too few models, an unknown bound, `classes` that do not fit.
+
+    `label_noise` and `test_sigma` say how the models were made; the certificate then covers wrong labels and a
+    mark on the test input, see `Certificate.covers`."""
     together = simultaneous, familywise
+    reach = dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
     if bound != 'betting':
         stats = VoteStatistics.from_probabilities(probabilities)
-        return certify_statistics(stats, noise, alpha, bound, votes, *together, classes, **radius_arguments)
+        return certify_statistics(stats, noise, alpha, bound, votes, *together, classes, **reach, **radius_arguments)
     x = check_probabilities(probabilities)
     if votes == 'hard': x = hard_votes(x)
     sides, settings = lambda level: _betting_sides(x, level), (noise, alpha, bound, votes, classes)
-    return _certify(len(x), x.mean(0), sides, *settings, *together, radius_arguments)
+    return _certify(len(x), x.mean(0), sides, *settings, *together, radius_arguments, reach)
 
 def _betting_sides(x, level):
     "Lower and upper bounds of all classes from the outputs in their order."
@@ -363,27 +423,78 @@ def _betting_sides(x, level):
     return np.stack([1 - high, low], 1), np.stack([1 - low, high], 1)
 
 # %% ../nbs/03_certificate.ipynb #9c922fef
-def _tolerated(certificate, n_poisoned):
-    "Norm below which each of `n_poisoned` patterns must stay: (..., n_points)."
+def _radius_with(certificate, n_relabelled, **attack):
+    "Radius beside wrong labels: (..., n_points); nan where there is none."
+    c, rows = certificate, _rows(certificate, n_relabelled)[..., None]
+    arguments, logs = c.radius_arguments | attack, _logs(c)
+    if c.noise.norm == 'linf' and not {'d', 'n_poisoned'} <= set(arguments):
+        raise ValueError(f'{c.noise!r} needs the number of entries of one input and of poisoned rows: '
+                         'certify(..., d=784, n_poisoned=10); covers needs only d=784')
+    alone = c.noise.radius(c.p_a, c.p_b, **logs, **arguments) if attack else c.radius
+    found = np.nan
+    if rows.any() and c.label_noise:
+        settings = c.label_noise, rows, len(c.classes)
+        found = c.noise.relabelled_radius(c.p_a, c.p_b, *settings, **logs, **arguments)
+    return np.where(rows > 0, np.where(c.prediction < 0, np.nan, found), np.where(c.prediction < 0, 0., alone))
+
+def _logs(c): return {k: getattr(c, k) for k in ('log_q_a', 'log_p_b') if getattr(c, k) is not None}
+
+def _rows(c, n_relabelled):
+    "Numbers of relabelled rows as int64; ValueError where they are none, or more than there are."
+    rows = theory.check_relabelled(0., n_relabelled, 2)
+    if c.n_train is not None and (rows > c.n_train).any():
+        raise ValueError(f'n_relabelled must be at most n_train = {c.n_train}, got {rows.max()}')
+    if rows.any() and c.label_noise and c.classes is None:
+        raise ValueError('what label noise covers depends on the number of classes: make the certificate with classes=2')
+    return rows
+
+# %% ../nbs/03_certificate.ipynb #0e110010
+def _tolerated(certificate, n_poisoned, n_relabelled=0, test_norm=0.):
+    "Norm below which each of `n_poisoned` patterns must stay: (..., n_points); nan where none may."
     n = np.asarray(n_poisoned)[..., None]
     if not ((n >= 1) & (n == np.floor(n))).all(): raise ValueError(f'n_poisoned must be whole numbers >= 1, got {n_poisoned!r}')
-    norm, arguments = certificate.noise.norm, certificate.radius_arguments
-    if norm != 'linf': return certificate.radius / (np.sqrt(n) if norm == 'l2' else n)
-    if 'd' not in arguments: raise ValueError(f'{certificate.noise!r} needs the number of entries of one input: certify(..., d=784)')
-    radius = certificate.noise.radius(certificate.p_a, certificate.p_b, d=arguments['d'], n_poisoned=n)
-    return np.where(certificate.prediction < 0, 0., radius)
+    norm = certificate.noise.norm
+    if norm == 'linf': return _radius_with(certificate, n_relabelled, n_poisoned=n)
+    radius = _radius_with(certificate, n_relabelled)
+    if np.any(test_norm):
+        used = certificate.noise.sigma * np.asarray(test_norm, float)[..., None] / certificate.test_sigma
+        with np.errstate(invalid='ignore'): radius = np.sqrt((radius - used) * (radius + used)) * (1 - 1e-12)
+    return radius / (np.sqrt(n) if norm == 'l2' else n)
 
-def _covers(certificate, n_poisoned, pattern_norm):
-    "Points whose prediction tolerates `n_poisoned` patterns of norm `pattern_norm` (the norm that `noise.norm` names)."
-    size = np.asarray(pattern_norm, dtype=float)[..., None]
+def _covers(certificate, n_poisoned, pattern_norm, relabelled=False, test_norm=0.):
+    """Points whose prediction tolerates `n_poisoned` patterns of norm `pattern_norm`, in the norm of `noise.norm`.
+
+    relabelled: whether the poisoned rows carry wrong labels too, or how many do. test_norm: l2 norm of the mark on the
+    test input, a ValueError where it had no independent noise. Arrays of attacks give a row of points for each."""
+    size, mark = np.asarray(pattern_norm, dtype=float), _test_norm(certificate, test_norm)
     if not (size >= 0).all(): raise ValueError(f'pattern_norm must be >= 0, got {pattern_norm!r}')
-    return size < _tolerated(certificate, n_poisoned)
+    n, rows = np.asarray(n_poisoned), np.asarray(relabelled)
+    if rows.dtype == bool: rows = np.where(rows, n, 0)
+    n, size, rows, mark = np.broadcast_arrays(n, size, rows, mark)
+    return size[..., None] < _tolerated(certificate, n, rows, mark)
+
+def _test_norm(c, test_norm):
+    "The norm of the mark on the test input, or ValueError."
+    mark = np.asarray(test_norm, dtype=float)
+    if not (mark >= 0).all(): raise ValueError(f'test_norm must be >= 0, got {test_norm!r}')
+    if c.test_sigma is None and mark.any():
+        raise ValueError(f'a mark of norm {mark.max():g} on the test input is not covered: it had no independent Gaussian '
+                         'noise there (u from the hash of a trained model is not independent of the training noise)')
+    return mark
 
 # %% ../nbs/03_certificate.ipynb #bad020e4
 def _budget(certificate, n_poisoned=None):
     "Numbers of poisoned rows (k,) and the norm below which each pattern must stay (k, n_points)."
     if n_poisoned is None: n_poisoned = np.unique(np.geomspace(1, 10000, 41).round().astype(int))
     return np.asarray(n_poisoned), _tolerated(certificate, n_poisoned)
+
+def _budget_map(certificate, n_relabelled, total_norms):
+    "Share of the points that tolerate r wrong labels beside a total norm, of shape r.shape + norms.shape."
+    norms = np.asarray(total_norms, dtype=float)
+    if not (norms >= 0).all(): raise ValueError(f'total_norms must be >= 0, got {total_norms!r}')
+    radius = _radius_with(certificate, n_relabelled)
+    below = norms[..., None] < radius.reshape(*radius.shape[:-1], *[1]*norms.ndim, len(certificate))
+    return below.mean(-1)
 
 # %% ../nbs/03_certificate.ipynb #07b24e00
 _TOTAL = dict(l2='total norm sqrt(sum_i ||pi_i||_2^2) is below the radius', l1='total norm sum_i ||pi_i||_1 is below the radius',
@@ -395,28 +506,74 @@ def _statement(c):
     inputs = 'every one of these fixed test inputs' if c.familywise else 'this fixed test input'
     text = (f"{chance}, the smoothed classifier's prediction on {inputs} is the same as that of the smoothed "
             f'classifier trained with every poisoning pattern removed from the features, labels left as they are, if their {_TOTAL[c.noise.norm]}. '
-            'It covers neither label flips, insertions or deletions, nor a change of the test input.')
+            f'{_reach_in_words(c)}')
     if c.bound == 'quantised': text += ' Distances are quantised: both classifiers have the bucket edges that were used here. Edges that follow the training set move with the patterns, and nothing is said about a classifier that is fitted anew.'
     if not (c.alpha == 0 or c.simultaneous): text += " As in the paper, the choice of the class on the same outputs is not accounted for."
     return text
+
+def _reach_in_words(c):
+    "What is covered besides the patterns in training, and what is not."
+    text = ''
+    if not (c.label_noise or c.test_sigma):
+        return 'It covers neither label flips, insertions or deletions, nor a change of the test input.'
+    if c.label_noise:
+        text += ('The same holds with r wrong training labels put right as well, in these rows or in others, if radius_with(r) '
+                 f'takes the place of the radius (each label was replaced with probability {c.label_noise:g}). ')
+    if c.test_sigma:
+        text += ('It also holds for the test input without its mark pi_0, if that counts in the total norm: '
+                 f'sqrt(sum_i ||pi_i||_2^2 + ({c.noise.sigma:g}/{c.test_sigma:g})^2 ||pi_0||_2^2). ')
+    labels, mark = ['label flips'] * (not c.label_noise), ['a change of the test input'] * (not c.test_sigma)
+    outside = [*labels, 'insertions', 'deletions', *mark]
+    return text + f'It covers neither {", ".join(outside[:-1])} nor {outside[-1]}.'
+
+# %% ../nbs/03_certificate.ipynb #0e110020
+def _select(certificate, points):
+    "The certificate of some points: an index, a slice, a mask or an array of indices."
+    take = lambda v: None if v is None else np.atleast_1d(v[points])
+    return replace(certificate, **{k: take(getattr(certificate, k)) for k in _COLUMNS})
+
+_COLUMNS = 'prediction', 'radius', 'p_a', 'p_b', 'log_q_a', 'log_p_b'
 
 def _explain(c, point=None):
     "The statement, for all points, for one, or for several."
     if point is None: return _statement(c)
     points, labels = np.atleast_1d(np.arange(len(c))[point]), c.labels.tolist()
-    won = lambda i: f'class {labels[i]!r}, radius {c.radius[i]:.4g}'
+    won = lambda i: f'class {labels[i]!r}, radius {c.radius[i]:.4g}{_alone(c[i])}'
     lost = lambda i: (f'the classifier abstains, nothing is certified '
                       f'(p_A >= {c.p_a[i]:.4f}, p_B <= {c.p_b[i]:.4f})')
     said = [f'Point {i}: {lost(i) if c.prediction[i] < 0 else won(i)}.' for i in points]
     if (c.prediction[points] >= 0).any(): said.append(_statement(c))
     return ('\n' if len(points) > 1 else ' ').join(said)
 
+def _alone(c):
+    "How far wrong labels and a mark on the test input reach by themselves, for one point."
+    text = ''
+    if c.label_noise and c.classes is not None:
+        text += f'; without marks up to {_most_relabelled(c)} wrong labels'
+    if c.test_sigma:
+        text += f'; a mark on the test input alone below norm {c.radius[0]*c.test_sigma/c.noise.sigma:.4g}'
+    return text
+
+def _most_relabelled(c, most=100_000):
+    "The largest number of wrong labels that one point tolerates without marks, at most `most`."
+    most = min(most, c.n_train or most)
+    size = {} if c.noise.norm != 'linf' else dict(d=1, n_poisoned=1)
+    holds = lambda r: bool(_radius_with(c, r, **size)[0] > 0)
+    low, high = 0, 1
+    while high <= most and holds(high): low, high = high, 2*high
+    high = min(high, most + 1)
+    while high - low > 1:
+        mid = (low + high) // 2
+        low, high = (mid, high) if holds(mid) else (low, mid)
+    return low
+
 # %% ../nbs/03_certificate.ipynb #8007fb31
 def _summary(certificate):
     "One line: size, abstentions, radius, evidence."
     c = certificate
     how = 'computed probabilities' + ', quantised' * (c.bound == 'quantised') if c.bound in COMPUTED else f'{c.bound} on {c.votes} votes of {c.n_models} models, alpha={c.alpha:g}'
-    extra = [f'{name}={getattr(c, name)}' for name, usual in (('simultaneous', True), ('familywise', False)) if getattr(c, name) != usual]
+    usual = dict(simultaneous=True, familywise=False) | _REACH
+    extra = [f'{name}={getattr(c, name)}' for name, value in usual.items() if getattr(c, name) != value]
     radius = 'radius depends on n_poisoned' if np.isnan(c.radius).any() else f'median radius {np.median(c.radius) if len(c) else 0:.3g}'
     return ', '.join([f'{len(c)} points', f'{(c.prediction < 0).sum()} abstain', radius, how, *extra, repr(c.noise)])
 
@@ -430,13 +587,6 @@ def _html(certificate, rows=8):
     more = cells('td', ['...']*5) if len(certificate) > rows else ''
     return (f'<p>{html.escape(_summary(certificate))}</p><table>{cells("th", ("point", "prediction", "radius", "p_A &ge;", "p_B &le;"))}'
             f'{"".join(body)}{more}</table><p>{html.escape(certificate.explain())}</p>')
-
-def _select(certificate, points):
-    "The certificate of some points: an index, a slice, a mask or an array of indices."
-    take = lambda v: None if v is None else np.atleast_1d(v[points])
-    return replace(certificate, **{k: take(getattr(certificate, k)) for k in _COLUMNS})
-
-_COLUMNS = 'prediction', 'radius', 'p_a', 'p_b', 'log_q_a', 'log_p_b'
 
 # %% ../nbs/03_certificate.ipynb #f51c4d4f
 def _names(c):
@@ -474,6 +624,7 @@ def _columns(c):
     evidence = {f.name: getattr(c, f.name) for f in fields(Evidence)}
     classes = len(c.classes) if c.numbered else None if c.classes is None else c.classes.tolist()
     arguments = json.dumps(c.radius_arguments, sort_keys=True, default=lambda v: v.item())
+    evidence |= {k: getattr(c, k) or 0 for k in _REACH}
     evidence.update(noise=repr(c.noise), radius_arguments=arguments, classes=json.dumps(classes))
     return dict([first, ('label', c.labels), *others]), evidence
 
@@ -523,7 +674,9 @@ _FIELDS = dict(
     bound=(str, lambda b: b in (*bounds.BOUNDS, *COMPUTED), f'one of {[*bounds.BOUNDS, *COMPUTED]}'),
     votes=(str, lambda v: v in ('soft', 'hard', 'exact'), "'soft', 'hard' or 'exact'"),
     noise=(noise_from_repr, lambda n: True, 'the repr of a noise such as GaussianNoise(sigma=1.0)'),
-    simultaneous=_FLAG, familywise=_FLAG,
+    simultaneous=_FLAG, familywise=_FLAG, label_noise=(float, lambda v: 0 <= v < 1, 'a number in [0, 1)'),
+    test_sigma=(float, lambda v: 0 <= v < np.inf, 'a finite number >= 0'),
+    n_train=(int, lambda n: 0 <= n < 2**63, 'a whole number >= 0'),
     classes=(_classes, lambda c: True, 'a JSON list of distinct labels of one kind, their number, or null'),
     radius_arguments=(_arguments, lambda a: True, 'a JSON object of d and n_poisoned, numbers >= 1'))
 
@@ -573,20 +726,27 @@ def _read_rows(path):
     return names, [line for line, _ in numbered[1:]], [dict(zip(names, row)) for _, row in numbered[1:]]
 
 def _from_csv(path):
-    "A certificate equal to the one written. Older files have neither labels nor classes."
+    "A certificate equal to the one written. Older files lack labels, classes and what `_REACH` names."
     names, lines, rows = _read_rows(path)
     evidence = [f.name for f in fields(Evidence)]
-    missing = {*evidence, *_COLUMNS[:4]} - set(names if rows else ())
+    missing = {*evidence, *_COLUMNS[:4]} - {*_REACH} - set(names if rows else ())
     if missing: raise ValueError(f'{path} is not a certificate: columns {sorted(missing)} are missing')
     shared = [k for k in (*evidence, 'classes') if k in names]
     if len({tuple(row[k] for k in shared) for row in rows}) > 1:
         raise ValueError(f'{path} mixes certificates of different evidence: split it by {shared} first')
     read = lambda k, line, row: _field(f'{path}, line {line}', k, row[k])
     points = {k: np.array([read(k, *at) for at in zip(lines, rows)]) for k in _COLUMNS if k in names}
-    constants = {k: read(k, lines[0], rows[0]) for k in evidence}
+    constants = {k: read(k, lines[0], rows[0]) for k in evidence if k in names}
     if 'classes' in names: constants |= read('classes', lines[0], rows[0])
     _check_range(path, lines, points['prediction'], **constants)
+    constants |= _read_reach(f'{path}, line {lines[0]}', constants)
     certificate = Certificate(**points, **constants)
     _check_rows(path, lines, certificate)
     _check_labels(path, lines, rows, certificate)
     return certificate
+
+def _read_reach(where, constants):
+    "label_noise, test_sigma and n_train of a file, checked together with its noise and classes."
+    values = {k: constants.get(k, v) or v for k, v in _REACH.items()}
+    try: return _check_reach(constants['noise'], _n_classes(constants.get('classes')), **values)
+    except ValueError as error: raise ValueError(f'{where}: {error}') from error

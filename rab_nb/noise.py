@@ -151,6 +151,11 @@ class GaussianNoise:
         "Certified total l2 norm, (24)."
         return theory.gaussian_radius(p_a, p_b, self.sigma, log_q_a, log_p_b)
 
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2,
+                          log_q_a=None, log_p_b=None) -> np.ndarray:
+        "Certified total l2 norm beside `n_relabelled` wrong labels, see `theory.relabelled_radius`."
+        return theory.relabelled_radius(p_a, self.sigma, flip, n_relabelled, n_classes, p_b, log_q_a, log_p_b)
+
     def certifies(self, patterns, p_a, p_b) -> np.ndarray:
         "True where the patterns (rows x features), or their norms row by row, are inside the radius."
         return np.linalg.norm(np.ravel(patterns)) < self.radius(p_a, p_b)
@@ -177,6 +182,12 @@ class UniformNoise:
         "Certified l-infinity norm of each of `n_poisoned` patterns with `d` entries, (30)."
         return linf_radius(self, p_a, p_b, d, n_poisoned)
 
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, log_q_a=None, log_p_b=None,
+                          d=None, n_poisoned=None) -> np.ndarray:
+        "As `radius`, beside `n_relabelled` wrong labels; nan where nothing is certified."
+        share = theory.relabelled_share(p_a, p_b, flip, n_relabelled, n_classes, log_q_a, log_p_b)
+        return linf_radius(self, .5 + share, .5 - share, d, n_poisoned, unknown=np.isnan(share))
+
     def certifies(self, patterns, p_a, p_b) -> np.ndarray:
         "True where the patterns, rows x features, satisfy (27)."
         return box_certifies(self, patterns, p_a, p_b)
@@ -186,12 +197,14 @@ class UniformNoise:
         return product_law('uniform', patterns, self.a, self.b - self.a)
 
 # %% ../nbs/01_noise.ipynb #98ed2194
-def linf_radius(noise, p_a, p_b, d, n_poisoned): # see UniformNoise.radius
+def linf_radius(noise, p_a, p_b, d, n_poisoned, unknown=False): # see UniformNoise.radius; nan where `unknown`
     "(30), or ValueError where the size of the attack is not given."
     if d is None or n_poisoned is None:
         raise ValueError(f'the radius of {noise} depends on d (entries of one input) and n_poisoned (poisoned rows): pass both, '
                          f'or use certifies(patterns, p_a, p_b); got d={d}, n_poisoned={n_poisoned}')
-    return theory.uniform_linf_radius(p_a, p_b, noise.a, noise.b, d, n_poisoned)
+    p_a, p_b = np.where(unknown, 1., p_a), np.where(unknown, 0., p_b)
+    radius = theory.uniform_linf_radius(p_a, p_b, noise.a, noise.b, d, n_poisoned)
+    return np.where(unknown, np.nan, radius)[()]
 
 def box_certifies(noise, patterns, p_a, p_b): # see UniformNoise.certifies
     "(27), or ValueError for norms in the place of patterns."
@@ -215,6 +228,12 @@ class LaplaceNoise:
     def radius(self, p_a, p_b, log_q_a=None, log_p_b=None) -> np.ndarray:
         "Certified total l1 norm."
         return theory.laplace_radius(p_a, p_b, self.scale, log_q_a, log_p_b)
+
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2,
+                          log_q_a=None, log_p_b=None) -> np.ndarray:
+        "Certified total l1 norm beside `n_relabelled` wrong labels; nan where nothing is certified."
+        attack = flip, n_relabelled, n_classes
+        return theory.relabelled_laplace_radius(p_a, p_b, self.scale, *attack, log_q_a, log_p_b)
 
     def certifies(self, patterns, p_a, p_b) -> np.ndarray:
         "True where the patterns (rows x features), or their norms row by row, are inside the radius."

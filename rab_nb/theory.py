@@ -8,14 +8,17 @@ __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'sort_ce
            'laplace_quantile', 'laplace_cdf', 'closed_form', 'log_overlap', 'components', 'component_cells',
            'change_of', 'sampled_least', 'least_vote', 'check_probability', 'robustness_condition', 'condition_margin',
            'check_log_probability', 'complement', 'with_tail', 'close_gap', 'are_close', 'gaussian_radius',
-           'check_interval', 'log_half_gap', 'uniform_certifies', 'uniform_linf_radius', 'laplace_radius',
-           'uniform_l1_radius']
+           'relabelled_radius', 'check_relabelled', 'joint_norm', 'check_interval', 'log_half_gap', 'uniform_certifies',
+           'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius', 'relabelled_share',
+           'relabelled_laplace_radius']
 
 # %% ../nbs/00_theory.ipynb #078fcc27
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import logsumexp, ndtr, ndtri, ndtri_exp
+
+from .labels import laplace_shift, overlap_share, relabelled_shift
 
 # %% ../nbs/00_theory.ipynb #e1d7deaf
 def smoothing_functional(phi=lambda x, z: x, # what z does to a test input
@@ -244,7 +247,8 @@ def least_vote(eps, delta, # laws: masses over common atoms, scipy.stats, Produc
               ): # xi(zeta^-1(p), p) and its error
     "The least vote under delta of a class that has vote p under eps."
     p = check_probability('p', p)
-    if isinstance(eps, (list, tuple, np.ndarray)): return LevelSets(eps, delta).least(p), np.zeros(p.shape)
+    if isinstance(eps, (list, tuple, np.ndarray)):
+        return LevelSets(eps, delta).least(p), np.full(p.shape, 4e-16 * (4 + np.size(eps))) # rounding of the sums
     sides = components(eps), components(delta)
     if None in sides: return sampled_least(eps, delta, p, n, random_state)
     if len(sides[0]) != len(sides[1]): raise ValueError(f'eps has {len(sides[0])} components, delta {len(sides[1])}')
@@ -323,6 +327,86 @@ def gaussian_radius(p_a, # lower bound of the winner's probability, in [0, 1], a
     with np.errstate(invalid='ignore'): gap = np.where(are_close(p_a, p_b), close_gap(p_a, p_b), z_a - z_b)
     return sigma / 2 * np.fmax(gap, 0.)
 
+# %% ../nbs/00_theory.ipynb #2bcf0001
+def relabelled_radius(p_a, # lower bound of the winner's probability, in [0, 1], any shape
+                      sigma, # standard deviation of the noise on the features, > 0
+                      flip: float, # probability that a label is replaced, in [0, 1 - 1/n_classes)
+                      n_relabelled, # rows whose label was changed, whole numbers >= 0; broadcasts against p_a
+                      n_classes: int = 2, # C
+                      p_b=None, # upper bound of the runner-up's probability; None: 1 - p_a
+                      log_q_a=None, log_p_b=None # log(1 - p_a) and log(p_b): exact far out in the tails
+                     ): # certified total l2 norm, rounded down; nan where not even unmarked rows are certified
+    """Radius of (24) for an attack that changes labels as well: Theorem 1 for the product of both noises.
+
+    Equal to `gaussian_radius` for no relabelled rows. ValueError for arguments outside of their range."""
+    log_p_b = log_q_a if p_b is None and log_p_b is None else log_p_b
+    p_b = 1 - check_probability('p_a', p_a) if p_b is None else p_b
+    alone = gaussian_radius(p_a, p_b, sigma, log_q_a, log_p_b)
+    rows = check_relabelled(flip, n_relabelled, n_classes)
+    logs = _tails(p_a, p_b, log_q_a, log_p_b)
+    return _with_labels(relabelled_shift, alone, sigma, logs, flip, rows, n_classes)
+
+# %% ../nbs/00_theory.ipynb #2bcf0002
+_MOST_ROWS = 5_000_000 # relabelled rows
+
+def check_relabelled(flip, n_relabelled, n_classes: int): # see `relabelled_radius` -> rows as int64
+    "ValueError where flip, n_relabelled or n_classes is outside of its range."
+    if isinstance(n_classes, bool) or not isinstance(n_classes, (int, np.integer)) or n_classes < 2:
+        raise ValueError(f'n_classes must be a whole number >= 2, got {n_classes!r}')
+    if np.ndim(flip) or not 0 <= flip * n_classes < n_classes - 1:
+        raise ValueError(f'flip must be one number in [0, {1 - 1 / n_classes:.4g}), so that the true label stays the likeliest '
+                         f'of {n_classes} classes; got {flip!r}')
+    rows = np.asarray(n_relabelled)
+    bad = rows.dtype.kind not in 'iuf' or not (np.isfinite(rows) & (rows >= 0) & (rows == np.floor(rows)) & (rows <= _MOST_ROWS)).all()
+    if bad: raise ValueError(f'n_relabelled must hold whole numbers from 0 to {_MOST_ROWS:,}, got {n_relabelled!r}')
+    return rows.astype(np.int64)
+
+def _log_tail(p, log_p): # probability, its logarithm or None
+    with np.errstate(divide='ignore'): return np.log(p) if log_p is None else np.asarray(log_p, float)
+
+def _tails(p_a, p_b, log_q_a, log_p_b): # log(1 - p_a) and log(p_b)
+    p_a, p_b = np.asarray(p_a, float), np.asarray(p_b, float)
+    return [_log_tail(complement(p_a, p_b), log_q_a), _log_tail(p_b, log_p_b)]
+
+def _with_labels(shift, alone, unit, logs, flip, rows, n_classes, certain=np.inf):
+    alone, unit, rows, *logs = np.broadcast_arrays(alone, np.asarray(unit, float), rows, *logs)
+    out = np.array(alone)
+    for r in np.unique(rows[rows > 0]):
+        here = rows == r
+        out[here] = unit[here] * _shifts(shift, *(v[here] for v in logs), flip, int(r), n_classes, certain)
+    return out[()]
+
+def _shifts(shift, log_q_a, log_p_b, flip, r, n_classes, certain): # (m,), (m,) -> (m,) in units of the noise
+    sure = np.isneginf(log_q_a) & np.isneginf(log_p_b) & (flip > 0)
+    out = np.where(sure, certain, np.nan)
+    open_ = ~sure & (flip > 0) & (log_q_a < 0) & (log_p_b < 0)
+    if open_.any():
+        low = np.maximum([log_q_a[open_], log_p_b[open_]], -1e5) # beyond it the radius is 447 sigma
+        out[open_] = shift(*low, flip, r, n_classes)
+    return out
+
+# %% ../nbs/00_theory.ipynb #2bcf0006
+def joint_norm(pattern_norms, # l2 norms of the marks in training rows, any shape; [] for none
+               sigma, # standard deviation of the noise on the training features, > 0
+               test_norm=0., # l2 norm of the mark on the test input
+               test_sigma=None # standard deviation of independent noise on the test input; None or 0: there is none
+              ) -> float: # to be compared with a certified radius
+    """sigma * sqrt(sum ||pi_i||^2 / sigma^2 + ||pi_0||^2 / test_sigma^2): the norm of all marks, in units of sigma.
+
+    Without marks on the test input it is the total norm of (24); without marks in training, sigma / test_sigma times
+    the norm of Cohen et al. (2019). ValueError for a marked test input without noise, and for values out of range."""
+    norms = np.ravel(np.asarray(pattern_norms, float))
+    for name, value in dict(pattern_norms=norms, test_norm=test_norm).items():
+        value = np.asarray(value, float)
+        if not (np.isfinite(value) & (value >= 0)).all(): raise ValueError(f'{name} must be finite and >= 0, got {value}')
+    for name, value in dict(sigma=sigma, test_sigma=test_sigma or 1.).items():
+        if not (np.isfinite(value) and value > 0): raise ValueError(f'{name} must be a finite number > 0, got {value!r}')
+    if test_norm and not test_sigma:
+        raise ValueError(f'a mark of norm {test_norm} on the test input is covered only by noise of its own there: give test_sigma')
+    largest = max(norms.max(initial=0.), 1e-300)
+    training = largest * np.sqrt(((norms / largest)**2).sum())
+    return float(np.hypot(training, sigma * test_norm / (test_sigma or 1.)))
+
 # %% ../nbs/00_theory.ipynb #e841aeaf
 def check_interval(a, b):
     "b - a, or ValueError."
@@ -375,3 +459,24 @@ def laplace_radius(p_a, p_b, # bounds of the winner's and the runner-up's probab
 def uniform_l1_radius(p_a, p_b, a, b): # as in `uniform_linf_radius`
     "(b - a)(p_a - p_b) / 2: total l1 norm that uniform noise certifies, whatever the number of entries and rows."
     return -check_interval(a, b) * np.expm1(log_half_gap(p_a, p_b))
+
+# %% ../nbs/00_theory.ipynb #2bcf0011
+def relabelled_share(p_a, p_b, # bounds of the winner's and the runner-up's probability, in [0, 1], any shape
+                     flip: float, n_relabelled, n_classes: int = 2, # as in `relabelled_radius`
+                     log_q_a=None, log_p_b=None # as in `relabelled_radius`
+                    ): # in [0, 1/2], rounded down; nan where nothing is certified
+    """How much of the box of uniform noise the patterns may move out of the overlap, besides the wrong labels.
+
+    (27) with labels: certified while 1 minus the product of the overlaps is smaller. Errors as in `relabelled_radius`."""
+    alone = np.maximum(check_probability('p_a', p_a) - check_probability('p_b', p_b), 0) / 2
+    rows = check_relabelled(flip, n_relabelled, n_classes)
+    return _with_labels(overlap_share, alone, 1., _tails(p_a, p_b, log_q_a, log_p_b), flip, rows, n_classes, .5)
+
+def relabelled_laplace_radius(p_a, p_b, scale, # as in `laplace_radius`
+                              flip: float, n_relabelled, n_classes: int = 2, # as in `relabelled_radius`
+                              log_q_a=None, log_p_b=None # as in `laplace_radius`
+                             ): # certified total l1 norm, rounded down; nan where not even unmarked rows are certified
+    "`laplace_radius` for an attack that changes labels as well. Errors as in `relabelled_radius`."
+    alone = laplace_radius(p_a, p_b, scale, log_q_a, log_p_b)
+    rows = check_relabelled(flip, n_relabelled, n_classes)
+    return _with_labels(laplace_shift, alone, scale, _tails(p_a, p_b, log_q_a, log_p_b), flip, rows, n_classes)
