@@ -18,7 +18,6 @@ import copy
 import ctypes
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import time
@@ -667,7 +666,7 @@ def _check_mode(spec, module, rows, training): # resolved; a copy of the network
                          f'for {spec.n_classes} classes, got {tuple(out.shape)}{mode}')
     if training and not out.requires_grad:
         raise ValueError('module cannot be trained: its outputs do not depend on its parameters in a way '
-                         'that can be differentiated; look for detach, torch.no_grad or argmax in its forward')
+                         'that can be differentiated; look for detach, no_grad or argmax in its forward')
 
 # %% ../nbs/20_ensemble.ipynb #2e0a0005
 def _check_last_batch(spec, module, x): # resolved; a copy of the network; inputs
@@ -682,7 +681,7 @@ def _check_last_batch(spec, module, x): # resolved; a copy of the network; input
 
 # %% ../nbs/20_ensemble.ipynb #2e0a0008
 # sizes of weights drawn anew, given their size
-_SIZES = (lambda size: size), (lambda size: 10 * size), (lambda size: 1.), (lambda size: 100.)
+_SIZES = (lambda size: size), (lambda size: 10 * size), (lambda size: 1.), (lambda size: 1e4)
 
 @torch.no_grad()
 def _probes(module, x): # changes the weights of the network between the inputs that it yields
@@ -726,11 +725,11 @@ def check_outputs(spec: TrainSpec, x # resolved; (n, ...) training inputs
     if isinstance(initial_module(spec.module, spec.random_state), torch.jit.ScriptModule):
         raise ValueError('module was compiled by torch.jit, so its parameters cannot be replaced: '
                          'pass the Python module that it was made from')
-    module = copy.deepcopy(initial_module(spec.module, spec.random_state)).cpu()
     rows = torch.from_numpy(np.array(x[:2], np.float32))
-    for training in (False, True): _check_mode(spec, module, rows, training)
-    _check_last_batch(spec, module, x)
-    check_logits(module, x)
+    def fresh(): return copy.deepcopy(initial_module(spec.module, spec.random_state)).cpu()
+    for training in (False, True): _check_mode(spec, fresh(), rows, training)
+    _check_last_batch(spec, fresh(), x)
+    check_logits(fresh(), x)
 
 # %% ../nbs/20_ensemble.ipynb #2e0a0010
 def stackable(spec: TrainSpec, x # resolved from stack='auto'; (n, ...) training inputs
@@ -804,19 +803,20 @@ _ENOUGH = 5 # models that answer before there is a warning
 
 def warn_one_class(classes: np.ndarray, n: int # (C,) the user's labels, models wanted
                   ): # function of the finished groups, to be called after each
-    "Warns once where nearly all answers at the training rows are one class."
+    "Warns once where nearly all answers of a model at the training rows are one class."
     def look(done):
         p = [g['probabilities'][LOOK] for g in done.values() if LOOK in g['probabilities']]
         if not p or said or sum(map(len, p)) < min(n, _ENOUGH): return
         said.append(True)
-        votes = np.concatenate(p).argmax(2)
-        share = np.bincount(votes.ravel(), minlength=len(classes)) / votes.size
-        if share.max() < .99: return
-        found, label = f'{share.max():.1%} of the answers', classes.tolist()[share.argmax()]
-        warnings.warn(f'{found} of the first {len(votes)} models at {votes.shape[1]} training rows, taken '
-                      f'from all {len(classes)} classes in turn, are {label!r}: the models have learnt '
-                      'nothing that tells the classes apart. Train longer (epochs) or in larger steps (lr), '
-                      'bring the inputs to the scale of the noise, or take less noise')
+        votes = np.concatenate(p)[:n].argmax(2)
+        counts = (votes[:, :, None] == np.arange(len(classes))).sum(1)
+        share, favourite = counts.max(1).mean() / votes.shape[1], np.bincount(counts.argmax(1)).argmax()
+        if share < .99: return
+        agree, label = (counts.argmax(1) == favourite).sum(), classes.tolist()[favourite]
+        warnings.warn(f'each of the first {len(votes)} models gives one answer ({label!r} for {agree} of them) '
+                      f'at {share:.1%} of {votes.shape[1]} training rows, taken from all {len(classes)} classes '
+                      'in turn: the models have learnt nothing that tells the classes apart. Train longer (epochs) '
+                      'or in larger steps (lr), bring the inputs to the scale of the noise, or take less noise')
     said = []
     return look
 
@@ -972,7 +972,8 @@ class Voter(ClassifierMixin):
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
         """Certificates at X, see `certificate.certify`; its `labels` are `classes_`, None where it abstains.
 
-        Models that diverged count as wrong, and a UserWarning names their number."""
+        They cover wrong labels where label_noise > 0, and a mark on the test input where noise and u are Gaussian and
+        u comes from its stream. Models that diverged count as wrong, and a UserWarning names their number."""
         p = self.model_probabilities(X)
         return certify_worst(p, self.noise_, alpha, bound, votes, classes=self.classes_, **_covered(self), **options)
 
@@ -981,12 +982,13 @@ def _mean(p): # (N, n, C), NaN where a model has no answer -> (n, C), all classe
     n, total = answered.sum(0), np.where(answered, p, 0).sum(0, dtype=np.float64)
     return np.where(n, total / np.maximum(n, 1), 1 / p.shape[2]).astype(p.dtype)
 
-def _covered(self): # what else the training covers, labels and the test input, as far as `certify` knows of it
-    spec, known = getattr(self, 'spec_', None), inspect.signature(certify).parameters
+def _covered(self): # what a certificate covers besides the marks in training
+    spec = getattr(self, 'spec_', None)
     if spec is None: return {}
     law = u_law(spec) if spec.test_noise == 'stream' else None
-    covered = dict(label_noise=spec.label_noise, test_sigma=law.sigma if isinstance(law, GaussianNoise) else None)
-    return {name: value for name, value in covered.items() if name in known and value}
+    gaussian = isinstance(law, GaussianNoise) and isinstance(spec.noise, GaussianNoise)
+    return dict(label_noise=spec.label_noise, test_sigma=law.sigma if gaussian else None,
+                n_train=getattr(self, 'n_train_', None))
 
 # %% ../nbs/20_ensemble.ipynb #fc7617ba
 def finished(done: dict, # group number -> result
@@ -1079,7 +1081,7 @@ class _Fit(Voter, _Settings):
         if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
         if self.keep_models: self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
         self._data = data
-        self.spec_, self.noise_ = spec, spec.noise
+        self.spec_, self.noise_, self.n_train_ = spec, spec.noise, len(X)
         evals = {LOOK: X[some_rows(y)]} | evals
         train_groups(spec, X, y, evals, self.n_estimators, self.groups_, self.keep_models, self.n_jobs,
                      self.verbose, warn_one_class(self.classes_, self.n_estimators))
@@ -1125,7 +1127,7 @@ def _about(self):
     module = initial_module(self.spec_.module, self.spec_.random_state)
     return dict(settings=settings | dict(n_estimators=self.n_estimators), noise=repr(self.noise_),
                 dp=repr(self.spec_.dp), module=repr(module), classes=self.classes_.tolist(),
-                input_shape=self.input_shape_,
+                input_shape=self.input_shape_, n_train=self.n_train_,
                 features=list(getattr(self, 'feature_names_in_', [])))
 
 def _load(cls, path, module, dp):
@@ -1141,4 +1143,5 @@ def _load(cls, path, module, dp):
     if about.get('features'): self.feature_names_in_ = np.array(about['features'], dtype=object)
     self.n_features_in_, self.spec_ = math.prod(self.input_shape_), _spec(self)
     self.noise_, self.groups_ = self.spec_.noise, groups
+    self.n_train_ = about.get('n_train')
     return self
