@@ -497,16 +497,15 @@ class _Outside(TorchFunctionMode):
         if type(layer) is StackedLinear: self.refuse('nn.Linear', args)
 
     def leave(self, layer, args, out): self.depth -= 1
-
     def refuse(self, name, values):
         if _images(values, self.b): self.found = f'{name} of images'
         if self.found: raise TypeError(self.found)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, '__name__', repr(func))
-        if name == '__get__': name = func.__self__.__name__
-        known = name.split('.')[0] in _SEPARATE
-        if not (self.depth or known): self.refuse(name, [*args, *kwargs.values()])
+        kwargs, named = kwargs or {}, func.__self__ if getattr(func, '__name__', '') == '__get__' else func
+        name = getattr(named, '__name__', repr(func))
+        separate = self.depth or name.split('.')[0] in _SEPARATE
+        if not separate: self.refuse(name, (*args, *kwargs.values()))
         return func(*args, **kwargs)
 
 # %% ../nbs/13_stacked.ipynb #b1d00041
