@@ -214,7 +214,8 @@ def certify_statistics(stats: VoteStatistics, # of all models
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
     "`certify` for statistics that a run has kept; ValueError for 'betting', which needs every output in its order."
-    if bound == 'betting': raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...), or another bound')
+    if bound == 'betting':
+        raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...), or another bound')
     n, counts = stats.n_models, stats.votes / stats.n_models
     mean = counts if votes == 'hard' else stats.mean
     sides = lambda level: _statistics_sides(stats, bound, votes, level)
@@ -225,7 +226,8 @@ def _statistics_sides(stats, bound, votes, level):
     n, lost = stats.n_models, stats.diverged / stats.n_models
     if bound == 'clopper_pearson':
         decided = votes == 'hard' or np.array_equal(stats.mean, stats.second_moment)
-        if not decided: raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
+        if not decided:
+            raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
         side = lambda hits: bounds.clopper_pearson_hits(n, hits, level)
         return side(stats.votes)[0], side(stats.votes + stats.diverged)[1]
     slack = 0. if votes == 'hard' else stats.rounding
