@@ -11,9 +11,9 @@ __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'PAPER
            'settings_for', 'place', 'statistics_path', 'NoNoise', 'undefended_spec', 'undefended_environment',
            'undefended', 'knn_environment', 'knn_named', 'vote', 'label', 'neighbours', 'knn_certificates', 'knn',
            'knn_label', 'Statement', 'statements', 'supported', 'Finished', 'blocks_behind', 'describe', 'cost_of',
-           'finished_ensemble', 'stored_certificate', 'finished_knn', 'blocks_for', 'finished_rows', 'finish',
-           'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'whole_pairs', 'with_means', 'of_statement',
-           'printed', 'beside_paper', 'projected', 'projected_scores']
+           'finished_ensemble', 'stored_certificate', 'finished_knn', 'blocks_for', 'finished_rows', 'complete',
+           'finish', 'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'whole_pairs', 'with_means',
+           'of_statement', 'printed', 'beside_paper', 'projected', 'projected_scores']
 
 # %% ../nbs/31_tables.ipynb #6472d0bc
 from collections import Counter
@@ -531,6 +531,16 @@ def finished_rows(table: TableSpec, profile: dict, # its axes; see `load_profile
     read = finished_knn if table.model == '1nn' else finished_ensemble
     return [f for row, group in wanted.items() if (f := read(row, group, profile, blocks))]
 
+def complete(settings: list, # of runs
+             statistics, # file of blocks; None: the local store
+             n_jobs: int | None = None # worker processes; None: one per CPU or GPU
+            ) -> None:
+    "Compute what is missing of some runs; those of which all models are in the file need neither data nor store."
+    blocks = read_blocks(statistics) if statistics else []
+    there = lambda s: sum(b.n_models for b in blocks_behind(s, blocks))
+    lacking = [s for s in settings if there(s) < s['n_models']]
+    if lacking: runs.run_all(lacking, n_jobs=n_jobs, statistics=statistics)
+
 def finish(table: TableSpec, profile: dict, n_estimators: int = 0, first: int = 0, # as in `finished_rows`
            compute: bool = True, # False: leave out what is not finished
            n_jobs: int | None = None, # worker processes; None: one per CPU or GPU
@@ -540,7 +550,7 @@ def finish(table: TableSpec, profile: dict, n_estimators: int = 0, first: int = 
     if statistics == RESULTS:
         statistics = None if n_estimators else statistics_path(table.number, profile['profile'])
     rows = rows_of(table, profile)[:first or None]
-    if compute: runs.run_all(settings_of(rows, profile, n_estimators), n_jobs=n_jobs, statistics=statistics)
+    if compute: complete(settings_of(rows, profile, n_estimators), statistics, n_jobs)
     done = finished_rows(table, profile, n_estimators, first, statistics)
     if not done:
         raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: compute some first')
@@ -558,7 +568,7 @@ def finish_neighbours(table: TableSpec, profile: dict, # as in `finish`
     settings = {row: knn_runs(row, profile, n_neighbors) for row in rows}
     if statistics == RESULTS: statistics = statistics_path(table.number, profile['profile'])
     wanted = different(s['nearest'] for s in settings.values())
-    if compute: runs.run_all(wanted, statistics=statistics)
+    if compute: complete(wanted, statistics)
     blocks = blocks_for(table, profile, wanted, statistics)
     return [f for row in rows if (f := finished_knn(row, settings[row], profile, blocks))]
 

@@ -331,6 +331,17 @@ def test_tables_need_blocks_and_nothing_else(some_rows, tmp_path, monkeypatch):
     assert tables.tidy(again, tables.spec(1)).equals(tables.tidy(before, tables.spec(1)))
 
 
+def test_a_complete_table_is_drawn_without_data_and_without_computing(some_rows, tmp_path, monkeypatch):
+    "`finish` computes what is missing, and of these rows nothing is."
+    profile, kept = some_rows
+    profile = dict(profile, ensemble=dict(mnist=profile['ensemble']['mnist'] | dict(n_models=25)))
+    monkeypatch.setenv('RAB_RUNS', str(tmp_path / 'empty'))
+    monkeypatch.setattr(runs.data, 'load', lambda *a, **k: pytest.fail('a table asked for data'))
+    runs._task.cache_clear(); runs._poisoned.cache_clear()
+    found = tables.finish(tables.spec(1), profile, first=2, statistics=kept)
+    assert [(f.n_models, f.n_asked) for f in found] == [(50, 25), (25, 25)] and not (tmp_path / 'empty').exists()
+
+
 def test_models_of_another_engine_or_precision_stay_out(some_rows, tmp_path):
     profile, kept = some_rows
     settings = tables.runs_of(tables.rows_of(tables.spec(1), profile)[0], profile)['smoothed']
