@@ -42,19 +42,20 @@ tables: $(STAMPS) .stamps/$(PROFILE)/report ## regenerate the paper's tables [PR
 	@$(PY) -m rab_nb.report report
 	@touch $@
 
-# cpu and paper take hours to days: their tables are drawn from the blocks that are there, and `rab-nb run` computes more.
+# Tables 1 to 6 of cpu and paper take hours to days: they are drawn from the blocks that are there, and `rab-nb run` computes more.
+# Tables 7 to 9 take minutes: what is missing is computed.
 finished := $(if $(filter cpu paper,$(PROFILE)),--finished)
 blocks = $(wildcard results/*/$(@F).safetensors)
 .SECONDEXPANSION:
 
 dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,knn chi)
 knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,dp)
-make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.report make $(finished) $(@F:table%=%) $(PROFILE) && touch $@
+make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.report make $(1) $(@F:table%=%) $(PROFILE) && touch $@
 
 $(addprefix .stamps/$(PROFILE)/table,1 2 3 4 5 6): $(dnn_needs) $$(blocks) | $(READY)
-	$(make_table)
+	$(call make_table,$(finished))
 $(addprefix .stamps/$(PROFILE)/table,7 8 9): $(knn_needs) $$(blocks) | $(READY)
-	$(make_table)
+	$(call make_table,)
 
 ## ---- tests -----------------------------------------------------------------------------------
 test: $(READY) ## notebooks as tests, then pytest

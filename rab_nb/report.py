@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from .metrics import certified_accuracy, prediction_accuracy
-from .tables import (ATTACKS, COPIED, EXACT, KEYS, KS, NAMES, PAPER, PAPER_N, ROOT, SHARED, STATED, STRENGTHS, Statement, TableSpec, beside_paper, finish,
-                           finish_neighbours, finished_rows, load_profile, of_statement, paper, place, profile_path, projected_scores, spec, statements, tidy,
+from .tables import (ATTACKS, COPIED, EXACT, KEYS, KS, NAMES, PAPER, PAPER_N, ROOT, SHARED, STATED,
+                           STRENGTHS, Statement, TableSpec, beside_paper, finish,
+                           finish_neighbours, finished_rows, load_profile, of_statement, paper, place,
+                           profile_path, projected_scores, spec, statements, tidy,
                            whole_pairs, with_means)
 
 # %% ../nbs/32_report.ipynb #e766480b
@@ -62,7 +64,8 @@ ATTACK_NAMES = {'one_pixel': 'one-pixel', 'four_pixel': 'four-pixel', 'blending'
 
 def keys_of(table: TableSpec) -> list: # (attack, norm, rate, sigma)
     "The twelve rows of a table."
-    return [(attack, norm, rate, sigma) for attack in ATTACKS for norm, rate in STRENGTHS for sigma in table.sigmas]
+    return [(attack, norm, rate, sigma) for attack in ATTACKS for norm, rate in STRENGTHS
+            for sigma in table.sigmas]
 
 def lines_of(scores, # frame of `beside_paper`
              table: TableSpec, # its axes
@@ -72,7 +75,8 @@ def lines_of(scores, # frame of `beside_paper`
     chosen = of_statement(scores[scores.pair == 'mean'], statement)
     below, lines = references(table, set(scores.data)) if statement == statements(table)[0] else [], []
     for attack, norm, rate, sigma in keys_of(table):
-        row = chosen[(chosen.attack == attack) & (chosen.pattern_norm == norm) & (chosen.poison_rate == rate) & (chosen.sigma == sigma)]
+        row = chosen[(chosen.attack == attack) & (chosen.pattern_norm == norm) & (chosen.poison_rate == rate)
+                     & (chosen.sigma == sigma)]
         cells = row_cells(row, table, 'value') if len(row) else ['not run'] + [''] * 2 * len(table.radii)
         models = f', N = {row.n_models.min()}' if len(row) and row.n_models.min() else ''
         lines.append([ATTACK_NAMES[attack], f'{norm:g} in {rate:.0%}', f'{sigma:g}', f'ours{models}', *cells])
@@ -213,7 +217,8 @@ def neighbour_lines(table: TableSpec, profile: dict, # as in `finish`
         finished = behind(finish_neighbours(table, profile, k, first, compute))
         for sigma in sorted({f.row.sigma for f in finished}):
             here = [(f.row.seed, f.certificates[EXACT][0], f.y) for f in finished if f.row.sigma == sigma]
-            scores = pd.DataFrame([[seed, prediction_accuracy(cert, y), *certified_accuracy(cert, y, radii)] for seed, cert, y in here])
+            scores = pd.DataFrame([[seed, prediction_accuracy(cert, y), *certified_accuracy(cert, y, radii)]
+                                   for seed, cert, y in here])
             lines.append([k, f'{sigma:g}', '', '', *map(number, scores.groupby(0).mean().T.to_numpy())])
     return lines
 
@@ -399,7 +404,8 @@ def reading_lines(scores, projected, table: TableSpec # as in `explanation`
     "What each pair of classes has to do with the difference."
     both = [readings(frame, table) for frame in (scores, projected)]
     near = lambda gap: [f'{(gap <= .02).sum()}', f'{gap.median():.3f}']
-    return [[reading or 'mean over pairs', f'{len(gap)} cells', '', '', *near(gap), *near(both[1][reading])] for reading, gap in both[0].items()]
+    return [[reading or 'mean over pairs', f'{len(gap)} cells', '', '', *near(gap), *near(both[1][reading])]
+            for reading, gap in both[0].items()]
 
 # %% ../nbs/32_report.ipynb #b8dccdbb
 def dots(scores, # frame of `beside_paper`
@@ -443,13 +449,20 @@ def page_of(finished: list, scores, table: TableSpec, profile: dict) -> dict:
     cost = dict(seconds=round(sum(f.seconds for f in finished), 1), models=sum(f.n_models for f in finished),
                 machines=sorted({m for f in finished for m in f.machines}))
     asked = max(f.n_asked for f in finished)
-    models = dict(fewest=min(f.n_models for f in finished), most=max(f.n_models for f in finished), asked=asked)
-    return dict(number=table.number, title=table.title, profile=profile['profile'], caption=f'{caption(finished, table, profile)} {privacy_line(finished)}'.strip(),
-                verdict=verdict(scores, table), not_run=pairs_of(finished, table, profile)[1], models=models, provisional=models['fewest'] < asked,
-                findings=findings(scores, table), columns=columns_of(table), lines=lines_of(scores, table, statements(table)[0]),
-                honest_columns=['attack', 'pattern norm', 'sigma', '', *HONEST], honest=honest_lines(scores, table),
-                statement_columns=['votes', 'bound', 'selection', '', *(f'r = {r:g}' for r in table.radii)], statements=statement_lines(scores, table), cost=cost)
+    models = dict(fewest=min(f.n_models for f in finished), most=max(f.n_models for f in finished),
+                  asked=asked)
+    return dict(number=table.number, title=table.title, profile=profile['profile'],
+                caption=f'{caption(finished, table, profile)} {privacy_line(finished)}'.strip(),
+                verdict=verdict(scores, table), not_run=pairs_of(finished, table, profile)[1], models=models,
+                provisional=models['fewest'] < asked,
+                findings=findings(scores, table), columns=columns_of(table),
+                lines=lines_of(scores, table, statements(table)[0]),
+                honest_columns=['attack', 'pattern norm', 'sigma', '', *HONEST],
+                honest=honest_lines(scores, table),
+                statement_columns=['votes', 'bound', 'selection', '', *(f'r = {r:g}' for r in table.radii)],
+                statements=statement_lines(scores, table), cost=cost)
 
+# %% ../nbs/32_report.ipynb #7c2a0008
 def command(number: int, profile: str # table, 1-9; name
            ) -> str: # for the shell
     "What computes a table, or goes on with it."
@@ -462,10 +475,12 @@ def missing_page(table: TableSpec, profile: dict # its axes; see `load_profile`
     columns = ['pair', 'attack', 'pattern_norm', 'poison_rate', 'sigma', 'data', 'n_models', *STATED]
     lines = lines_of(pd.DataFrame(columns=columns), table, statements(table)[0])
     name = profile['profile']
-    return dict(number=table.number, title=table.title, profile=name, caption=f'Table {table.number}: {table.title}. Profile {name}.',
+    return dict(number=table.number, title=table.title, profile=name,
+                caption=f'Table {table.number}: {table.title}. Profile {name}.',
                 verdict=f'Not run. `{command(table.number, name)}` computes it, a hundred models of every row at a time; '
                         f'then `make tables PROFILE={name} TABLES={table.number}` draws it.',
-                not_run=[' / '.join(map(str, pair)) for pair in profile['data'][table.dataset]['pairs']], columns=columns_of(table), lines=lines)
+                not_run=[' / '.join(map(str, pair)) for pair in profile['data'][table.dataset]['pairs']],
+                columns=columns_of(table), lines=lines)
 
 # %% ../nbs/32_report.ipynb #7c2a0003
 def page_markdown(page: dict # of `page_of` or `missing_page`
@@ -477,8 +492,10 @@ def page_markdown(page: dict # of `page_of` or `missing_page`
     if 'findings' not in page: return '\n\n'.join([*head, *table, ''])
     more = f"`{command(page['number'], page['profile'])}` goes on with it." if page['provisional'] else ''
     return '\n\n'.join([*head, *([more] if more else []), f'*What a certificate says.* {MEANING}', *table,
-                        '## What the paper leaves out', markdown(page['honest_columns'], page['honest']), page['findings'],
-                        '## The same models under other statements', 'Certified accuracy, averaged over the rows.',
+                        '## What the paper leaves out', markdown(page['honest_columns'], page['honest']),
+                        page['findings'],
+                        '## The same models under other statements',
+                        'Certified accuracy, averaged over the rows.',
                         markdown(page['statement_columns'], page['statements']),
                         f'![Certified accuracy against total radius, a panel per attack]({name}.png)',
                         f'[executed notebook]({name}.ipynb), [tidy numbers]({name}.csv), [LaTeX]({name}.tex), [cost]({name}.json), [provenance]({name}.provenance.json)'
@@ -491,11 +508,16 @@ def provenance() -> dict: # commit and versions
     from importlib.metadata import version
     ours = ['rab_nb', 'nbs/experiments', 'settings.ini']
     def git(*words):
-        try: return subprocess.run(['git', *words, '--', *ours], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(['git', *words, '--', *ours], cwd=ROOT, capture_output=True,
+                                  text=True).stdout.strip()
         except OSError: return ''
-    commit = (git('log', '-1', '--format=%h') or 'unknown') + (' with changes' if git('status', '--porcelain') else '')
-    return dict(commit=commit, versions={name: version(name) for name in ('numpy', 'scipy', 'torch', 'scikit-learn', 'matplotlib')})
+    changed = ' with changes' if git('status', '--porcelain') else ''
+    commit = (git('log', '-1', '--format=%h') or 'unknown') + changed
+    libraries = ('numpy', 'scipy', 'torch', 'scikit-learn', 'matplotlib')
+    return dict(commit=commit, versions={name: version(name) for name in libraries})
 
+# %% ../nbs/32_report.ipynb #7c2a0009
 def write_table(finished: list, # of Finished, at least one
                 table: TableSpec, # its axes
                 profile: dict, # see `load_profile`
@@ -505,25 +527,30 @@ def write_table(finished: list, # of Finished, at least one
     import io
     import matplotlib.pyplot as plt
     import pandas as pd
-    text = beside_paper(with_means(tidy(finished, table)), table).to_csv(index=False, float_format='%.6g', lineterminator='\n')
+    text = beside_paper(with_means(tidy(finished, table)), table).to_csv(index=False, float_format='%.6g',
+                                                                         lineterminator='\n')
     scores, png, name = pd.read_csv(io.StringIO(text)), io.BytesIO(), f'table{table.number}'
     page, fig = page_of(finished, scores, table, profile), figure(finished, table)
     fig.savefig(png, dpi=130)
     plt.close(fig)
     writable(folder)
     csv, drawn = folder / f'{name}.csv', folder / f'{name}.provenance.json'
-    if not (drawn.exists() and csv.exists() and csv.read_text() == text): write(drawn, json.dumps(provenance(), indent=1) + '\n')
+    if not (drawn.exists() and csv.exists() and csv.read_text() == text):
+        write(drawn, json.dumps(provenance(), indent=1) + '\n')
     write(csv, text)
     write(folder / f'{name}.png', png.getvalue())
     write(folder / f'{name}.json', json.dumps(page, indent=1))
     write(folder / f'{name}.md', page_markdown(page))
-    write(folder / f'{name}.tex', latex(page['columns'], page['lines'], page['caption'], f"tab:rab-{profile['profile']}-{table.number}"))
+    write(folder / f'{name}.tex', latex(page['columns'], page['lines'], page['caption'],
+                                        f"tab:rab-{profile['profile']}-{table.number}"))
     return scores
 
 # %% ../nbs/32_report.ipynb #7c2a0004
-OF_RUNS = ('.csv', '.png', '.tex', '.ipynb', '.provenance.json', '_neighbours.md') # files of a table that was run
+OF_RUNS = ('.csv', '.png', '.tex', '.ipynb', '.provenance.json',
+           '_neighbours.md') # files of a table that was run
 
-def write_missing(table: TableSpec, profile: dict, folder: Path # its axes; see `load_profile`; results/<profile>
+def write_missing(table: TableSpec, profile: dict,
+                  folder: Path # its axes; see `load_profile`; results/<profile>
                  ) -> Path: # the Markdown file
     "Write the page of a table of which nothing was run, and remove what an older version of the code has drawn."
     page, name = missing_page(table, profile), f'table{table.number}'
@@ -535,11 +562,13 @@ def write_missing(table: TableSpec, profile: dict, folder: Path # its axes; see 
 def pages(results: Path # folder with a folder per profile
          ) -> list: # contents of every tableN.json of `SHARED`, tables that another profile keeps pointing there
     "Everything that has been written so far."
-    found = {(p.parent.name, p.stem): json.loads(p.read_text()) for profile in SHARED for p in sorted((results / profile).glob('table?.json'))}
+    found = {(p.parent.name, p.stem): json.loads(p.read_text()) for profile in SHARED
+             for p in sorted((results / profile).glob('table?.json'))}
     for number in range(1, 10):
         for profile in SHARED:
             home = place(number, profile)
-            if home != profile and (home, f'table{number}') in found: found[profile, f'table{number}'] = found[home, f'table{number}'] | dict(asked=profile)
+            if home != profile and (home, f'table{number}') in found:
+                found[profile, f'table{number}'] = found[home, f'table{number}'] | dict(asked=profile)
     return [found[key] for key in sorted(found, key=lambda key: (SHARED.index(key[0]), key[1]))]
 
 def summary_line(page: dict) -> list: # of cells
@@ -547,10 +576,13 @@ def summary_line(page: dict) -> list: # of cells
     at, ours = f"{page['profile']}/table{page['number']}", [line for line in page['lines'] if line[0]]
     title = f"[{page['number']}: {page['title']}]({at}.md)"
     if 'asked' in page: return [page['asked'], title, '', f"The same runs as in {page['profile']}.", '', '']
-    done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)}" + ''.join(f', without {pair}' for pair in page['not_run'] if 'cost' in page)
+    done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)}" + ''.join(f', without {pair}'
+                                                                                    for pair in page['not_run'] if 'cost' in page)
     if 'cost' not in page: return [page['profile'], title, done, page['verdict'], '', '']
-    if page['models']['asked']: done += f"; {page['models']['fewest']} of {page['models']['asked']} models" + ' (provisional)' * page['provisional']
-    return [page['profile'], title, done, page['verdict'], f"{page['cost']['seconds']:.0f} s", f'[figure]({at}.png)']
+    if page['models']['asked']:
+        done += f"; {page['models']['fewest']} of {page['models']['asked']} models" + ' (provisional)' * page['provisional']
+    return [page['profile'], title, done, page['verdict'], f"{page['cost']['seconds']:.0f} s",
+            f'[figure]({at}.png)']
 
 def summary(pages: list # of `pages`
            ) -> str: # Markdown
@@ -588,7 +620,8 @@ def section(page: dict, # of `page_of`
     "One table of the page."
     from base64 import b64encode
     from html import escape
-    text = {key: escape(str(page.get(key, ''))) for key in ('number', 'title', 'profile', 'caption', 'verdict', 'findings')}
+    text = {key: escape(str(page.get(key, ''))) for key in ('number', 'title', 'profile', 'caption',
+                                                            'verdict', 'findings')}
     name = f"{text['profile']}/table{text['number']}"
     head = (f'<section id="{name}"><h2>Table {text["number"]}: {text["title"]} ({text["profile"]})</h2><p class="caption">{text["caption"]}</p>'
             f'<p><b>Verdict.</b> {text["verdict"]}</p>{html_table(page["columns"], page["lines"])}')
@@ -608,7 +641,8 @@ def one_page(results: Path # folder with a folder per profile
     link = lambda p: f'<li><a href="#{escape(p["profile"])}/table{int(p["number"])}">{escape(p["profile"])}: Table {int(p["number"])}, {escape(p["title"])}</a></li>'
     head = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<title>rab_nb results</title><style>{STYLE}</style><h1>rab_nb: every table, ours beside the paper</h1>')
-    parts = [head, f'<p>{escape(MEANING)}</p><ul>', *map(link, found), '</ul>', *(section(page, results) for page in found), '</html>\n']
+    parts = [head, f'<p>{escape(MEANING)}</p><ul>', *map(link, found), '</ul>',
+             *(section(page, results) for page in found), '</html>\n']
     return ''.join(parts)
 
 def report(results: Path = ROOT / 'results' # folder with a folder per profile
@@ -681,7 +715,9 @@ def make(number: int, # table, 1-9
     if compute: finish(table, profile)
     elif not finished_rows(table, profile): return write_missing(table, profile, folder)
     which, more = ('knn', {}) if table.model == '1nn' else ('dnn', {'n_estimators': 0})
-    return run_notebook(ROOT / f'nbs/experiments/{which}.ipynb', folder / f'table{number}.ipynb', table=number, profile=str(profile_path(name).resolve()) if str(name).endswith('.yaml') else name, rows=0,
+    return run_notebook(ROOT / f'nbs/experiments/{which}.ipynb', folder / f'table{number}.ipynb',
+                        table=number, profile=str(profile_path(name).resolve())
+                        if str(name).endswith('.yaml') else name, rows=0,
                         folder=f"results/{profile['profile']}", compute=False, **more)
 
 # %% ../nbs/32_report.ipynb #12498fb6
@@ -693,7 +729,8 @@ def where(name: str, # profile
     for number in numbers:
         home = name if number not in range(1, 10) else place(number, name)
         path = ROOT / f'results/{home}/table{number}.json'
-        if not path.exists(): raise ValueError(f'{path.relative_to(ROOT)} is not there: make tables PROFILE={name} TABLES={number} writes it (after `rm -r .stamps` if it was deleted)')
+        if not path.exists():
+            raise ValueError(f'{path.relative_to(ROOT)} is not there: make tables PROFILE={name} TABLES={number} writes it (after `rm -r .stamps` if it was deleted)')
         page = json.loads(path.read_text())
         print(f"results/{home}/table{number}.md  {page['title']}: {page['verdict']}")
 
@@ -701,11 +738,15 @@ def where(name: str, # profile
 def parser():
     "Arguments of `python -m rab_nb.report`."
     import argparse
-    parser = argparse.ArgumentParser(prog='python -m rab_nb.report', description='Tables of the RAB paper, ours beside the original.')
+    parser = argparse.ArgumentParser(prog='python -m rab_nb.report',
+                                     description='Tables of the RAB paper, ours beside the original.')
     commands = parser.add_subparsers(dest='command', required=True)
-    make, where = (commands.add_parser(name, help=text) for name, text in (('make', 'compute one table into results/<profile>/'), ('where', 'say where tables are')))
+    make, where = (commands.add_parser(name, help=text) for name,
+                   text in (('make', 'compute one table into results/<profile>/'),
+                            ('where', 'say where tables are')))
     make.add_argument('number', type=int, help='1-9')
-    for command in (make, where): command.add_argument('profile', help='quick, cpu, paper or the path of a YAML file')
+    for command in (make, where):
+        command.add_argument('profile', help='quick, cpu, paper or the path of a YAML file')
     where.add_argument('numbers', type=int, nargs='+', help='tables')
     make.add_argument('--finished', action='store_true', help='show the runs that are finished, compute none')
     commands.add_parser('report', help='write results/README.md')
@@ -719,8 +760,11 @@ def main(arguments=None # of the command line
         if given.command == 'make': make(given.number, given.profile, not given.finished)
         elif given.command == 'where': where(given.profile, given.numbers)
         else: report()
-    except (ValueError, OSError, RuntimeError, ImportError) as error: print(f'error: {error}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('stopped; finished shards are safe, the same command goes on from here', file=sys.stderr); return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f'error: {error}', file=sys.stderr); return 2
+    except KeyboardInterrupt:
+        print('stopped; finished shards are safe, the same command goes on from here',
+              file=sys.stderr); return 130
     return 0
 
 # %% ../nbs/32_report.ipynb #8c86f2bb

@@ -46,8 +46,10 @@ from tqdm import tqdm
 from . import attacks, data, ensemble
 from . import models as networks
 from .noise import noise_from_repr, rng
-from .store import (SIZES, Claim, Label, Run, ShardError, StatisticsError, add_blocks, blocks_of, canonical, check_sizes, claim, contents, listed,
-                          joined, pack, plain, portions, prepare, read_blocks, remove, run_id, runs_in, state, store_root, update_blocks, without, written)
+from .store import (SIZES, Claim, Label, Run, ShardError, StatisticsError, add_blocks, blocks_of,
+                          canonical, check_sizes, claim, contents, listed,
+                          joined, pack, plain, portions, prepare, read_blocks, remove, run_id, runs_in, state,
+                          store_root, update_blocks, without, written)
 
 # %% ../nbs/30_runs.ipynb #1eee1c44
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def drill(settings: dict, # random_state, n_points (optional), seconds (optional
     "Random two-class probabilities, each model from its own stream, after `seconds` of sleep."
     time.sleep(settings.get('seconds', 0))
     shape = settings.get('n_points', 8)
-    draw = np.stack([rng(settings.get('random_state', 0), 'drill', m).random(shape, dtype=np.float32) for m in models])
+    draw = np.stack([rng(settings.get('random_state', 0), 'drill', m).random(shape, dtype=np.float32)
+                     for m in models])
     return {'probabilities': np.stack([draw, 1 - draw], -1)}
 
 register('drill', drill, drill_environment)
@@ -130,7 +133,8 @@ def train_spec(settings: dict, # of kind 'dnn'
     if settings.get('dp'): from rab_nb.dp import DPSGD
     private = DPSGD(**settings['dp']) if settings.get('dp') else None
     make = lambda: _named(MODULES, settings['module'])
-    return ensemble.TrainSpec(make, noise_from_repr(settings['noise']), dp=private, device=device, **settings['train'])
+    return ensemble.TrainSpec(make, noise_from_repr(settings['noise']), dp=private, device=device,
+                              **settings['train'])
 
 # %% ../nbs/30_runs.ipynb #32b51e4a
 @lru_cache(maxsize=2)
@@ -162,14 +166,16 @@ def _dnn_environment(text: str, device: str) -> dict:
     trained = ensemble.resolved(train_spec(settings, device))
     if size % trained.stack and n > size:
         raise ValueError(f'shard_size must be a multiple of stack = {trained.stack}, the models trained side by side, got {size}')
-    return dict(engine=ensemble.ENGINE, data=_task(canonical(settings['data'])).sha256, precision=trained.precision)
+    return dict(engine=ensemble.ENGINE, data=_task(canonical(settings['data'])).sha256,
+                precision=trained.precision)
 
 def dnn_environment(settings: dict, device: str) -> dict:
     "What an ensemble's numbers depend on besides its settings."
     return _dnn_environment(canonical(settings), device)
 
 # %% ../nbs/30_runs.ipynb #5a7e0002
-ALWAYS = {'epochs', 'batch_size', 'lr', 'random_state', 'seed', 'rate', 'target'} # part of the name also at their defaults
+ALWAYS = {'epochs', 'batch_size', 'lr', 'random_state', 'seed', 'rate',
+          'target'} # part of the name also at their defaults
 MACHINE = {'precision', 'stack', 'device', 'max_memory'} # not part of it: 'environment' has the precision
 
 def differing(function: Callable, # that takes the arguments
@@ -188,7 +194,8 @@ def dnn_named(settings: dict # of kind 'dnn' or 'undefended'
     named = {k: v for k, v in settings.items() if k not in ('dp', *SIZES)}
     attack, module, train = (settings[k] for k in ('attack', 'module', 'train'))
     named['data'] = differing(data.load, settings['data'])
-    named['attack'] = differing(attacks.poison, differing(TRIGGERS[one_of(TRIGGERS, 'trigger', attack.get('trigger'))], attack))
+    named['attack'] = differing(attacks.poison, differing(TRIGGERS[one_of(TRIGGERS, 'trigger',
+                                                                          attack.get('trigger'))], attack))
     named['module'] = differing(MODULES[one_of(MODULES, 'name', module.get('name'))], module)
     named['train'] = differing(ensemble.TrainSpec, {k: v for k, v in train.items() if k not in MACHINE})
     if settings.get('dp'):
@@ -214,9 +221,11 @@ def label_of(settings: dict, # of a run on poisoned data
             ) -> Label: # of its blocks
     "Title, facts and true labels."
     task = poisoned_task(settings)
-    about = dict(data=task.name, source=task.source, nominal_total_norm=task.nominal_total_norm, total_norm=task.total_norm, n_train=len(task.y_train),
+    about = dict(data=task.name, source=task.source, nominal_total_norm=task.nominal_total_norm,
+                 total_norm=task.total_norm, n_train=len(task.y_train),
                  n_poisoned=len(task.rows), n_source=int((task.clean.y_train == task.source_class).sum()))
-    return Label(title_of_run(settings), plain(about), {'triggered.y': task.y_test_triggered.astype(np.uint8), 'clean.y': task.y_test.astype(np.uint8)} | fixed)
+    return Label(title_of_run(settings), plain(about), {'triggered.y': task.y_test_triggered.astype(np.uint8),
+                                                        'clean.y': task.y_test.astype(np.uint8)} | fixed)
 
 # %% ../nbs/30_runs.ipynb #14e9d9e3
 def dnn(settings: dict, # of kind 'dnn', with 'environment' and 'device'
@@ -224,7 +233,8 @@ def dnn(settings: dict, # of kind 'dnn', with 'environment' and 'device'
        ) -> dict: # triggered, clean: (models, points, classes) float32, nan where training diverged; hashes: (models, 32) uint8
     "Train the models of one shard (Algorithm 1) and evaluate them."
     task = poisoned_task(settings)
-    spec = replace(train_spec(settings, settings['device']), precision=settings['environment']['precision'], n_classes=task.n_classes)
+    spec = replace(train_spec(settings, settings['device']), precision=settings['environment']['precision'],
+                   n_classes=task.n_classes)
     evals = dict(triggered=task.x_test_triggered, clean=task.x_test)
     out = ensemble.train_shard(spec, task.x_train, task.y_train, evals, models)
     digests = [list(bytes.fromhex(h)) for h in out['hashes']]
@@ -268,12 +278,14 @@ def compute(kind: Kind, # functions of the run
     wanted, device = settings['environment'], settings.get('device', 'cpu')
     bare = {k: v for k, v in settings.items() if k not in ('environment', 'device')}
     here = plain(kind.environment(bare, device))
-    if here != wanted: raise RuntimeError(f'this worker would compute something else: it has {here}, the run needs {wanted}')
+    if here != wanted:
+        raise RuntimeError(f'this worker would compute something else: it has {here}, the run needs {wanted}')
     wall, used = time.perf_counter(), time.process_time()
     with single_thread(): arrays = kind.shard(settings, models)
     wall, used = time.perf_counter() - wall, time.process_time() - used
     machine = torch.cuda.get_device_name() if device == 'cuda' and torch.cuda.is_available() else processor()
-    return arrays, {'seconds': wall if device == 'cuda' else used, 'wall': wall, 'machine': machine, 'device': device, 'torch': torch.__version__}
+    return arrays, {'seconds': wall if device == 'cuda' else used, 'wall': wall, 'machine': machine,
+                    'device': device, 'torch': torch.__version__}
 
 @contextlib.contextmanager
 def single_thread():
@@ -304,7 +316,8 @@ class Job:
     def finish(self, arrays: dict, note: dict) -> None:
         "Write the shard."
         path = self.run.path(self.models)
-        held = self.claim or claim(path) or replace(claim(path.with_name(f'{path.name}.{os.getpid()}')), path=path)
+        held = self.claim or claim(path) or replace(claim(path.with_name(f'{path.name}.{os.getpid()}')),
+                                                    path=path)
         held.commit(pack(self.run.id, self.models, arrays, note))
 
 # %% ../nbs/30_runs.ipynb #5a7e0009
@@ -449,7 +462,8 @@ def in_processes(jobs, # of Job or None
     try:
         while deadline.left() > 0:
             idle = [w for w in workers if w.job is None]
-            at_once = _give_out(stream, idle, n_workers, workers) if idle or len(workers) < n_workers else True
+            at_once = _give_out(stream, idle, n_workers,
+                                workers) if idle or len(workers) < n_workers else True
             busy = {w.conn: w for w in workers if w.job}
             if not busy and at_once: return
             patience = min(math.inf if at_once else .2, deadline.left())
@@ -520,7 +534,8 @@ def new_blocks(runs: list, before: list # of Run; of Block
     "Blocks of finished models that are not there yet, from the shards of a store."
     found = []
     for run in runs:
-        wanted = {k for models in written(run) for k in models if k < run.settings['n_models']} - numbers_in(before, run.key)
+        wanted = {k for models in written(run) for k in models
+                  if k < run.settings['n_models']} - numbers_in(before, run.key)
         first = next(contents(run, wanted), None) if wanted else None
         if first: found += blocks_of(run, wanted, kind_of(run.settings).label(run.settings, first[1]))
     return found
@@ -543,7 +558,8 @@ def followed(settings: dict, blocks: list, # of a run; of Block
     for b in blocks:
         if apart(b.key) == apart(run.key): like[b.key['environment']['precision']] += b.n_models
     if not like or run.key['environment']['precision'] in like.most_common(1)[0]: return run
-    return open_run(settings | {'train': settings['train'] | {'precision': like.most_common(1)[0][0]}}, store, device)
+    return open_run(settings | {'train': settings['train'] | {'precision': like.most_common(1)[0][0]}}, store,
+                    device)
 
 # %% ../nbs/30_runs.ipynb #c5cd8a2a
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -582,7 +598,8 @@ def in_turns(runs: list, lacking: list # of Run; their missing model numbers
 def _source(todo: list, claims: list, n_jobs, scheduler, retries, deadline):
     "The generator of results that fits the arguments; with a deadline always one that can be stopped."
     if not todo: return here(())
-    if scheduler: return on_cluster([Job(r, models) for r, models in todo], scheduler, retries, deadline=deadline)
+    if scheduler:
+        return on_cluster([Job(r, models) for r, models in todo], scheduler, retries, deadline=deadline)
     workers = n_workers(n_jobs, 'cuda' if any(r.device == 'cuda' for r, _ in todo) else 'cpu')
     jobs = claimed(todo, claims, deadline)
     if workers == 1 and deadline.end == math.inf: return here(jobs)
@@ -635,10 +652,13 @@ def run_all(settings: list, # of settings, each as in `run`
     lacking = [[k for models in r.missing() for k in models if k not in have] for r, have in zip(runs, there)]
     todo = in_turns(runs, lacking)
     if not todo and not statistics: return [followed(s, known, store, device) for s in settings]
-    left, total = Counter((r.id, m.start // HUNDRED) for r, m in todo), sum(r.settings['n_models'] for r in runs)
-    with explained(store_root(store)), tqdm(total=total, initial=total - sum(map(len, lacking)), unit='model', disable=not progress) as bar:
+    left = Counter((r.id, models.start // HUNDRED) for r, models in todo)
+    total = sum(r.settings['n_models'] for r in runs)
+    with explained(store_root(store)), tqdm(total=total, initial=total - sum(map(len, lacking)), unit='model',
+                                            disable=not progress) as bar:
         for r in {r.id: r for r, _ in todo}.values(): prepare(r)
-        _work(todo, _Kept(statistics and Path(statistics), runs, left), bar, Deadline(until), n_jobs, scheduler, retries)
+        _work(todo, _Kept(statistics and Path(statistics), runs, left), bar, Deadline(until), n_jobs,
+              scheduler, retries)
         bar.update(bar.total - bar.n if until == math.inf else 0)
     return [followed(s, known, store, device) for s in settings]
 
@@ -661,7 +681,8 @@ def _of_tables(args) -> dict: # table -> settings
     profile, chosen = tables.load_profile(args.profile), {}
     for table in args.table:
         rows = tables.rows_of(tables.spec(table), profile)
-        numbers = {name: i for i, name in enumerate(dict.fromkeys((r.attack, r.norm, r.sigma) for r in rows), 1)}
+        numbers = {name: i for i, name in enumerate(dict.fromkeys((r.attack, r.norm, r.sigma) for r in rows),
+                                                    1)}
         pairs = {pair: i for i, pair in enumerate(dict.fromkeys(r.pair for r in rows), 1)}
         _in_range('--rows', args.rows, numbers)
         _in_range('--pairs', args.pairs, pairs)
@@ -671,7 +692,8 @@ def _of_tables(args) -> dict: # table -> settings
     return chosen
 
 def _in_range(option: str, asked, existing) -> None:
-    if asked and not 1 <= min(asked) <= max(asked) <= len(existing): raise ValueError(f'{option} must be in 1..{len(existing)}, got {asked}')
+    if asked and not 1 <= min(asked) <= max(asked) <= len(existing):
+        raise ValueError(f'{option} must be in 1..{len(existing)}, got {asked}')
 
 def _of_file(path: str) -> list: # of settings
     "Settings in a JSON file."
@@ -679,7 +701,8 @@ def _of_file(path: str) -> list: # of settings
     try: given = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
     given = given if isinstance(given, list) else [given]
-    if not all(isinstance(s, dict) for s in given): raise ValueError(f'{path} must hold one object with settings, or a list of them')
+    if not all(isinstance(s, dict) for s in given):
+        raise ValueError(f'{path} must hold one object with settings, or a list of them')
     return given
 
 # %% ../nbs/30_runs.ipynb #5a7e0029
@@ -692,7 +715,8 @@ def _age() -> float: # seconds
 def _until(limit: float | None) -> float: # of `time.monotonic`
     "When the last shard has to be finished."
     if limit is None: return math.inf
-    if not 0 < limit < math.inf: raise ValueError(f'--time-limit must be a number of seconds > 0, got {limit}')
+    if not 0 < limit < math.inf:
+        raise ValueError(f'--time-limit must be a number of seconds > 0, got {limit}')
     return time.monotonic() - _age() + limit - min(5 + .02 * limit, .5 * limit)
 
 # %% ../nbs/30_runs.ipynb #7bfe5e33
@@ -709,17 +733,21 @@ def _tell(runs: list, blocks: list) -> bool: # of Run; of Block
 def _run(args) -> int:
     "rab-nb run"
     tables, until = importlib.import_module('rab_nb.tables'), _until(args.time_limit)
-    if args.settings and (args.statistics or args.beside): raise ValueError('--statistics and --beside belong to --table: blocks are kept by table')
+    if args.settings and (args.statistics or args.beside):
+        raise ValueError('--statistics and --beside belong to --table: blocks are kept by table')
     wanted = {None: _of_file(args.settings)} if args.settings else _of_tables(args)
     if args.show:
         print(json.dumps(tables.different(s for some in wanted.values() for s in some), indent=1))
         return 0
     complete = True
     for table, some in wanted.items():
-        path, beside = tables.statistics_path(table, args.profile, args.statistics) if table else None, [Path(d) / f'table{table}.safetensors' for d in args.beside or ()]
-        runs = run_all(some, args.store, args.jobs, args.scheduler, args.device, 2, not args.quiet, path, beside, until)
+        path = tables.statistics_path(table, args.profile, args.statistics) if table else None
+        beside = [Path(folder) / f'table{table}.safetensors' for folder in args.beside or ()]
+        runs = run_all(some, args.store, args.jobs, args.scheduler, args.device, 2, not args.quiet, path,
+                       beside, until)
         complete &= _tell(runs, [b for p in [path, *beside] if p for b in read_blocks(p)])
-    if not complete: print('the time was up; what is finished is kept, and the same command goes on from here')
+    if not complete:
+        print('the time was up; what is finished is kept, and the same command goes on from here')
     return 0
 
 # %% ../nbs/30_runs.ipynb #5a7e0031
@@ -764,7 +792,8 @@ def _verify(args) -> int:
 def _chosen(found: list, ids: list) -> list:
     "Runs whose id begins with one of `ids`; all of them for none."
     unknown = [i for i in ids if sum(r.id.startswith(i) for r in found) != 1]
-    if unknown: raise ValueError(f'{unknown[0]!r} must be the beginning of exactly one run id; `rab-nb runs list` shows them')
+    if unknown:
+        raise ValueError(f'{unknown[0]!r} must be the beginning of exactly one run id; `rab-nb runs list` shows them')
     return [r for r in found if not ids or any(r.id.startswith(i) for i in ids)]
 
 def _remove(args) -> int:
@@ -779,19 +808,31 @@ EPILOG = ('A run that was stopped or killed goes on where it was when the same c
           'The store is --store, else $RAB_RUNS, else .runs in the current repository.')
 
 def _add_run(commands) -> None:
-    p = commands.add_parser('run', help='compute what a table needs, or the settings of a file', epilog=EPILOG)
+    p = commands.add_parser('run', help='compute what a table needs, or the settings of a file',
+                            epilog=EPILOG)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument('--table', type=int, nargs='+', choices=range(1, 10), metavar='N', help='tables of the paper, 1 to 9')
-    what.add_argument('--settings', metavar='FILE', help='JSON file with the settings of a run, or a list of them')
-    p.add_argument('--profile', default='quick', help='quick, cpu, paper or the path of a YAML file (default: %(default)s)')
-    p.add_argument('--rows', type=int, nargs='+', metavar='I', help="only these rows of the paper's table, counted from 1 (default: all)")
-    p.add_argument('--pairs', type=int, nargs='+', metavar='I', help='only these pairs of classes of the profile, counted from 1 (default: all)')
-    p.add_argument('--time-limit', type=float, metavar='SECONDS', help='stop before so many seconds have passed since the start')
-    p.add_argument('--statistics', metavar='DIR', help='where blocks of models are kept, a file for each table (default: results/<profile>)')
-    p.add_argument('--beside', metavar='DIR', nargs='+', help='more folders of blocks: the models in them are not computed either')
-    p.add_argument('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='where to train (default: %(default)s)')
-    p.add_argument('--jobs', type=int, metavar='N', help='worker processes (default: one per CPU, or per GPU)')
-    p.add_argument('--scheduler', metavar='ADDRESS', help="a Dask scheduler, 'tcp://host:8786'; its workers need rab-nb installed")
+    what.add_argument('--table', type=int, nargs='+', choices=range(1, 10), metavar='N',
+                      help='tables of the paper, 1 to 9')
+    what.add_argument('--settings', metavar='FILE',
+                      help='JSON file with the settings of a run, or a list of them')
+    p.add_argument('--profile', default='quick',
+                   help='quick, cpu, paper or the path of a YAML file (default: %(default)s)')
+    p.add_argument('--rows', type=int, nargs='+', metavar='I',
+                   help="only these rows of the paper's table, counted from 1 (default: all)")
+    p.add_argument('--pairs', type=int, nargs='+', metavar='I',
+                   help='only these pairs of classes of the profile, counted from 1 (default: all)')
+    p.add_argument('--time-limit', type=float, metavar='SECONDS',
+                   help='stop before so many seconds have passed since the start')
+    p.add_argument('--statistics', metavar='DIR',
+                   help='where blocks of models are kept, a file for each table (default: results/<profile>)')
+    p.add_argument('--beside', metavar='DIR', nargs='+',
+                   help='more folders of blocks: the models in them are not computed either')
+    p.add_argument('--device', default='auto', choices=['auto', 'cpu', 'cuda'],
+                   help='where to train (default: %(default)s)')
+    p.add_argument('--jobs', type=int, metavar='N',
+                   help='worker processes (default: one per CPU, or per GPU)')
+    p.add_argument('--scheduler', metavar='ADDRESS',
+                   help="a Dask scheduler, 'tcp://host:8786'; its workers need rab-nb installed")
     p.add_argument('--store', metavar='DIR', help='where runs are kept')
     p.add_argument('--show', action='store_true', help='only print the settings, as a file for --settings')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
@@ -799,8 +840,11 @@ def _add_run(commands) -> None:
 
 # %% ../nbs/30_runs.ipynb #baafd42d
 def _add_runs(commands) -> None:
-    p = commands.add_parser('runs', help='list, verify or remove stored runs', epilog=EPILOG).add_subparsers(required=True, metavar='list|verify|remove')
-    for name, command, n, text in (('list', _list, None, 'show all runs'), ('verify', _verify, '*', 'check every byte; exit status 1 if anything is damaged'),
+    p = commands.add_parser('runs', help='list, verify or remove stored runs',
+                            epilog=EPILOG).add_subparsers(required=True, metavar='list|verify|remove')
+    for name, command, n, text in (('list', _list, None, 'show all runs'),
+                                   ('verify', _verify, '*',
+                                    'check every byte; exit status 1 if anything is damaged'),
                                    ('remove', _remove, '+', 'delete runs that nobody is computing')):
         q = p.add_parser(name, help=text, description=text)
         if n: q.add_argument('id', nargs=n, help='beginning of a run id')
@@ -813,7 +857,8 @@ def _add_blocks(commands) -> None:
     p.set_defaults(command=_blocks)
     p = commands.add_parser('merge', help='add blocks that were computed elsewhere')
     p.add_argument('files', nargs='+', metavar='FILE', help='files of blocks')
-    p.add_argument('--into', required=True, metavar='FILE', help='the file that gets them; no model may be in two blocks')
+    p.add_argument('--into', required=True, metavar='FILE',
+                   help='the file that gets them; no model may be in two blocks')
     p.set_defaults(command=_merge)
 
 def _stop(*_): raise KeyboardInterrupt
@@ -822,7 +867,8 @@ def _stop(*_): raise KeyboardInterrupt
 def main(argv: list | None = None # arguments; None: those of the process
         ) -> int: # exit status: 0, 1 (damage found), 2 (error), 130 (stopped)
     "The `rab-nb` command."
-    parser = argparse.ArgumentParser('rab-nb', description='Certified training against backdoors: run and keep the experiments.')
+    parser = argparse.ArgumentParser('rab-nb',
+                                     description='Certified training against backdoors: run and keep the experiments.')
     commands = parser.add_subparsers(required=True, metavar='run|runs|blocks|merge')
     _add_run(commands)
     _add_runs(commands)
@@ -831,5 +877,8 @@ def main(argv: list | None = None # arguments; None: those of the process
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _stop)
     warnings.formatwarning = lambda message, *_, **__: f'rab-nb: {message}\n'
     try: return args.command(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as e: print(f'rab-nb: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('rab-nb: stopped; finished shards are safe, the same command goes on from here', file=sys.stderr); return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as e:
+        print(f'rab-nb: {e}', file=sys.stderr); return 2
+    except KeyboardInterrupt:
+        print('rab-nb: stopped; finished shards are safe, the same command goes on from here',
+              file=sys.stderr); return 130

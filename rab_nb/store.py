@@ -142,7 +142,8 @@ def unpack(content: bytes, # of a shard file
     try: arrays, text = _parse(content)
     except Exception as e: raise ShardError(f'is not a safetensors file ({type(e).__name__})') from None
     if text.get('run') != run: raise ShardError('belongs to other settings')
-    if text.get('models') != shard_name(models): raise ShardError(f'holds models {text.get("models")!r} of its run')
+    if text.get('models') != shard_name(models):
+        raise ShardError(f'holds models {text.get("models")!r} of its run')
     sound = text.get('checksum') == checksum(arrays, text['run'], text['models'], text.get('note', ''))
     if not sound: raise ShardError('does not match its checksum')
     return arrays, json.loads(text['note'])
@@ -150,7 +151,8 @@ def unpack(content: bytes, # of a shard file
 def _read(path) -> bytes:
     "A file's content, refusing absurd sizes before reading."
     size = os.stat(path).st_size
-    if size > MAX_SHARD_BYTES: raise ShardError(f'has {size} bytes, more than MAX_SHARD_BYTES = {MAX_SHARD_BYTES}')
+    if size > MAX_SHARD_BYTES:
+        raise ShardError(f'has {size} bytes, more than MAX_SHARD_BYTES = {MAX_SHARD_BYTES}')
     with open(path, 'rb') as file: return file.read(MAX_SHARD_BYTES)
 
 # %% ../nbs/internals/store.ipynb #5847e8f8
@@ -228,7 +230,8 @@ def claim(path: Path # file to be written
 def store_root(store=None # folder; None: $RAB_RUNS, else `.runs` in the current repository
               ) -> Path: # absolute
     "Where runs are kept."
-    if store or os.environ.get('RAB_RUNS'): return Path(store or os.environ['RAB_RUNS']).expanduser().absolute()
+    if store or os.environ.get('RAB_RUNS'):
+        return Path(store or os.environ['RAB_RUNS']).expanduser().absolute()
     here = Path.cwd()
     marked = [p for p in (here, *here.parents) if (p / '.git').exists() or (p / 'settings.ini').exists()]
     return (marked or [here])[0] / '.runs'
@@ -255,7 +258,8 @@ class Run:
 
     def path(self, models: range) -> Path: return self.folder / f'{shard_name(models)}.safetensors'
 
-    def read(self, models: range) -> tuple[dict, dict]: return unpack(_read(self.path(models)), self.id, models)
+    def read(self, models: range) -> tuple[dict, dict]: return unpack(_read(self.path(models)), self.id,
+                                                                      models)
 
     def missing(self) -> list[range]: return missing(self)
 
@@ -291,7 +295,8 @@ def contents(run: Run, # in a store
         try: arrays, note = run.read(models)
         except (FileNotFoundError, ShardError): continue
         left -= set(here)
-        if len(here) < len(models): arrays = {name: a[[k - models.start for k in here]] for name, a in arrays.items()}
+        if len(here) < len(models):
+            arrays = {name: a[[k - models.start for k in here]] for name, a in arrays.items()}
         yield here, arrays, note | {'seconds': note.get('seconds', 0) * len(here) / len(models)}
 
 def whole_array(run: Run, # complete
@@ -324,7 +329,8 @@ def read_settings(folder: Path # a run's folder
                  ) -> dict: # plain values
     "The key of a folder, if it is the one that the folder is named by."
     path = folder / 'settings.json'
-    if os.stat(path).st_size > MAX_SETTINGS_BYTES: raise ShardError(f'{path} has more than {MAX_SETTINGS_BYTES} bytes')
+    if os.stat(path).st_size > MAX_SETTINGS_BYTES:
+        raise ShardError(f'{path} has more than {MAX_SETTINGS_BYTES} bytes')
     try:
         key = json.loads(path.read_bytes())
         name = run_id(key)
@@ -370,7 +376,8 @@ def remove(run: Run # in a store
     "Delete a run: its own files and the folder, nothing else; ValueError while it is being computed."
     sweep(run.folder)
     busy = [p.name for p in run.folder.glob('.*.part')]
-    if busy: raise ValueError(f'run {run.id[:16]} is being computed right now ({busy[0]}); stop that client first')
+    if busy:
+        raise ValueError(f'run {run.id[:16]} is being computed right now ({busy[0]}); stop that client first')
     for path in [run.folder / 'settings.json', *map(run.path, written(run))]: path.unlink(missing_ok=True)
     run.folder.rmdir()
 
@@ -405,7 +412,8 @@ def _whole_sums(outputs: np.ndarray # (healthy models, points, classes)
     x = check_probabilities(outputs)
     squares = np.square(x if x.shape[2] > 2 else x[..., :1])
     units = lambda v: np.rint(v * SCALE).sum(0).astype(np.uint32)
-    return dict(sum=units(x[..., :-1]), square=units(squares), votes=hard_votes(x)[..., :-1].sum(0).astype(np.uint16))
+    return dict(sum=units(x[..., :-1]), square=units(squares),
+                votes=hard_votes(x)[..., :-1].sum(0).astype(np.uint16))
 
 def added_up(arrays: dict, # name -> (models, points, classes) outputs; others are passed over
              numbers: list # of the models
@@ -437,8 +445,10 @@ def _add(a: Block, b: Block) -> Block:
     sums = {name: (v.astype(np.int64) + b.sums[name]).astype(v.dtype) for name, v in a.sums.items()}
     cost = dict(milliseconds=a.cost['milliseconds'] + b.cost['milliseconds'],
                 machines=sorted({*a.cost['machines'], *b.cost['machines']}))
-    return replace(a, models=joined(listed(a.models) + listed(b.models)), diverged=tuple(sorted(a.diverged + b.diverged)),
-                   sums=sums, about=min(a.about, b.about, key=canonical), title=min(a.title, b.title), cost=cost)
+    return replace(a, models=joined(listed(a.models) + listed(b.models)),
+                   diverged=tuple(sorted(a.diverged + b.diverged)),
+                   sums=sums, about=min(a.about, b.about, key=canonical), title=min(a.title, b.title),
+                   cost=cost)
 
 # %% ../nbs/internals/store.ipynb #51ee0027
 def _check_once(blocks: list) -> None:
@@ -453,8 +463,10 @@ def _check_once(blocks: list) -> None:
         seen |= dict.fromkeys(((name, k) for k in numbers), b.origin)
         start = first.setdefault(name, b)
         shapes = lambda b: {k: v.shape for k, v in b.sums.items()}
-        labels = start.fixed.keys() == b.fixed.keys() and all(np.array_equal(v, b.fixed[k]) for k, v in start.fixed.items())
-        if shapes(start) != shapes(b) or not labels: raise StatisticsError(f"two blocks of '{b.title}' are about different points")
+        labels = (start.fixed.keys() == b.fixed.keys()
+                  and all(np.array_equal(v, b.fixed[k]) for k, v in start.fixed.items()))
+        if shapes(start) != shapes(b) or not labels:
+            raise StatisticsError(f"two blocks of '{b.title}' are about different points")
 
 def merged(blocks # of Block, of any runs
           ) -> list: # of Block, in an order that does not depend on theirs
@@ -495,8 +507,10 @@ def blocks_of(run: Run, # in a store
             part = arrays if len(rows) == len(here) else {name: a[rows] for name, a in arrays.items()}
             numbers = [here[i] for i in rows]
             sums, diverged = added_up(part, numbers)
-            cost = dict(milliseconds=round(1000 * note['seconds'] * len(rows) / len(here)), machines=[note['machine']] if 'machine' in note else [])
-            parts.append(Block(run.key, origin_of(note), joined(numbers), diverged, sums, label.fixed, label.title, label.about, cost))
+            cost = dict(milliseconds=round(1000 * note['seconds'] * len(rows) / len(here)),
+                        machines=[note['machine']] if 'machine' in note else [])
+            parts.append(Block(run.key, origin_of(note), joined(numbers), diverged, sums, label.fixed,
+                               label.title, label.about, cost))
     return merged(parts)
 
 # %% ../nbs/internals/store.ipynb #51ee0036
@@ -508,21 +522,27 @@ def statistics_of(blocks: list, # of one run, disjoint
     total = lambda part: sum(b.sums[f'{name}.{part}'].astype(np.int64) for b in blocks)
     n, lost = sum(b.n_models for b in blocks), sum(len(b.diverged) for b in blocks)
     last = lambda v, whole: np.concatenate([v, whole - v.sum(1, keepdims=True)], 1)
-    mean, square, votes = last(total('sum'), (n - lost)*SCALE), total('square'), last(total('votes'), n - lost)
-    if mean.shape[1] == 2: square = np.concatenate([square, np.maximum((n - lost)*SCALE - 2*mean[:, :1] + square, 0)], 1)
-    return VoteStatistics(n, mean / (n*SCALE), square / (n*SCALE), votes, lost, (mean.shape[1] - 1) / (2*SCALE))
+    mean, square, votes = last(total('sum'),
+                               (n - lost)*SCALE), total('square'), last(total('votes'), n - lost)
+    if mean.shape[1] == 2:
+        square = np.concatenate([square, np.maximum((n - lost)*SCALE - 2*mean[:, :1] + square, 0)], 1)
+    return VoteStatistics(n, mean / (n*SCALE), square / (n*SCALE), votes, lost,
+                          (mean.shape[1] - 1) / (2*SCALE))
 
 # %% ../nbs/internals/store.ipynb #51ee0041
 FORMAT = 'rab_nb blocks 1'
 
 def _record(b: Block) -> tuple[str, dict, dict]:
     "A block's name in a file, its line of JSON, its arrays."
-    origin = ' '.join(str(b.key.get('environment', {}).get(k, b.origin.get(k, ''))) for k in ('device', 'precision')).strip()
+    origin = ' '.join(str(b.key.get('environment', {}).get(k, b.origin.get(k, '')))
+                      for k in ('device', 'precision')).strip()
     tag = hashlib.sha256(json.dumps(b.where).encode()).hexdigest()[:8]
     name = f"{b.title} | {origin} torch {b.origin['torch']} | {tag}"
-    line = dict(key=b.key, origin=b.origin, models=b.models, diverged=b.diverged, title=b.title, about=b.about, cost=b.cost,
+    line = dict(key=b.key, origin=b.origin, models=b.models, diverged=b.diverged, title=b.title,
+                about=b.about, cost=b.cost,
                 sums=sorted(b.sums), fixed=sorted(b.fixed))
-    return name, plain(line), {f'{name} | {part}': np.ascontiguousarray(a) for part, a in (b.sums | b.fixed).items()}
+    return name, plain(line), {f'{name} | {part}': np.ascontiguousarray(a) for part,
+                               a in (b.sums | b.fixed).items()}
 
 def pack_blocks(blocks: list # of Block, as from `merged`
                ) -> bytes: # content of a file
@@ -539,12 +559,14 @@ def pack_blocks(blocks: list # of Block, as from `merged`
 def _block(name: str, line: dict, arrays: dict) -> Block:
     "A block from its line and arrays, checked."
     part = lambda names: {n: arrays[f'{name} | {n}'] for n in names}
-    b = Block(line['key'], line['origin'], tuple(map(tuple, line['models'])), tuple(line['diverged']), part(line['sums']), part(line['fixed']),
+    b = Block(line['key'], line['origin'], tuple(map(tuple, line['models'])), tuple(line['diverged']),
+              part(line['sums']), part(line['fixed']),
               line['title'], line['about'], line['cost'])
     numbers = listed(b.models)
     healthy = len(numbers) - len(b.diverged)
     sound = (b.models == joined(numbers) and numbers[0] >= 0 and numbers[0] // SPAN == numbers[-1] // SPAN
-             and set(b.diverged) <= set(numbers) and {*ORIGIN} == set(b.origin) and type(b.cost['milliseconds']) is int)
+             and set(b.diverged) <= set(numbers) and {*ORIGIN} == set(b.origin)
+             and type(b.cost['milliseconds']) is int)
     for part_name, v in b.sums.items():
         kind, most = (np.uint16, healthy) if part_name.endswith('.votes') else (np.uint32, healthy * SCALE)
         sound &= v.dtype == kind and v.ndim == 2 and v.max(initial=0) <= most
@@ -562,9 +584,11 @@ def unpack_blocks(content: bytes # of a file
     except Exception as e: raise StatisticsError(f'is not a file of blocks ({type(e).__name__})') from None
     if digest != checksum(arrays, text): raise StatisticsError('does not match its checksum')
     try:
-        if told['format'] != FORMAT: raise StatisticsError(f"has the format {told['format']!r}, this package reads {FORMAT!r}")
+        if told['format'] != FORMAT:
+            raise StatisticsError(f"has the format {told['format']!r}, this package reads {FORMAT!r}")
         return [_block(name, line, arrays) for name, line in told['blocks'].items()]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e: raise StatisticsError(f'lacks a part of a block ({e})') from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise StatisticsError(f'lacks a part of a block ({e})') from None
 
 # %% ../nbs/internals/store.ipynb #51ee0046
 def read_blocks(path # of a file of blocks
@@ -601,7 +625,8 @@ def locked(path, # of a file of blocks
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(str(path.with_name(f'.{path.name}.lock')), timeout=patience): yield path
-    except Timeout: raise OSError(f'{path} has been in the hands of another process for {patience:g} s: wait for it to end, and run again') from None
+    except Timeout:
+        raise OSError(f'{path} has been in the hands of another process for {patience:g} s: wait for it to end, and run again') from None
 
 def update_blocks(path, # of a file of blocks, created where it is missing
                   more: Callable # blocks of the file -> blocks to be added

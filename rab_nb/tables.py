@@ -11,9 +11,9 @@ __all__ = ['COPIED', 'NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'PAPER
            'settings_for', 'place', 'statistics_path', 'NoNoise', 'undefended_spec', 'undefended_environment',
            'undefended', 'knn_environment', 'knn_named', 'vote', 'label', 'neighbours', 'knn_certificates', 'knn',
            'knn_label', 'Statement', 'statements', 'supported', 'Finished', 'blocks_behind', 'describe', 'cost_of',
-           'finished_ensemble', 'stored_certificate', 'finished_knn', 'blocks_for', 'finished_rows', 'finish',
-           'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'whole_pairs', 'with_means', 'of_statement',
-           'printed', 'beside_paper', 'projected', 'projected_scores']
+           'finished_ensemble', 'stored_certificate', 'finished_knn', 'blocks_for', 'finished_rows', 'complete',
+           'finish', 'finish_neighbours', 'certificate_scores', 'scores_of', 'tidy', 'whole_pairs', 'with_means',
+           'of_statement', 'printed', 'beside_paper', 'projected', 'projected_scores']
 
 # %% ../nbs/31_tables.ipynb #6472d0bc
 from collections import Counter
@@ -129,10 +129,12 @@ def check_training(settings: dict, part: str, # the profile's part 'ensemble' or
     "How networks are trained, for each of the paper's data sets."
     needed, more = TRAINING[part]
     for dataset, how in settings.items():
-        if dataset not in PAPER_N: raise ValueError(f'{name}: {part}.{dataset}: unknown; networks are trained on {sorted(PAPER_N)}')
+        if dataset not in PAPER_N:
+            raise ValueError(f'{name}: {part}.{dataset}: unknown; networks are trained on {sorted(PAPER_N)}')
         if not isinstance(how, dict) or not needed <= set(how) <= needed | more:
             raise ValueError(f'{name}: {part}.{dataset} needs {sorted(needed)} and may have {sorted(more)}, got {short(how)}')
-        if not isinstance(how.get('module', {}), dict): raise ValueError(f"{name}: {part}.{dataset}.module must hold a name and arguments, got {short(how['module'])}")
+        if not isinstance(how.get('module', {}), dict):
+            raise ValueError(f"{name}: {part}.{dataset}.module must hold a name and arguments, got {short(how['module'])}")
 
 # %% ../nbs/31_tables.ipynb #15b7b4a3
 def load_profile(name # 'quick', 'cpu', 'paper', or the path of a YAML file
@@ -216,7 +218,8 @@ def knn_runs(row: Row, profile: dict, # as above
 # %% ../nbs/31_tables.ipynb #5998e3c5
 def runs_of(row: Row, profile: dict, n_estimators: int = 0) -> dict:
     "The runs behind a row, by name."
-    return knn_runs(row, profile) if spec(row.table).model == '1nn' else ensemble_runs(row, profile, n_estimators)
+    return knn_runs(row,
+                    profile) if spec(row.table).model == '1nn' else ensemble_runs(row, profile, n_estimators)
 
 KS = (1, 3, 5) # numbers of neighbours
 
@@ -234,7 +237,8 @@ def settings_of(rows: list, profile: dict, # of Row
                 n_estimators: int = 0 # models per run, if not as many as the profile says
                ) -> list: # settings of runs, without repetitions
     "Every run behind some rows, those with more neighbours included."
-    more = [knn_runs(row, profile, k)['nearest'] for row in rows if spec(row.table).model == '1nn' and has_neighbours(row, profile) for k in KS]
+    more = [knn_runs(row, profile, k)['nearest'] for row in rows if spec(row.table).model == '1nn'
+            and has_neighbours(row, profile) for k in KS]
     return different([*(s for row in rows for s in runs_of(row, profile, n_estimators).values()), *more])
 
 def settings_for(table: int, # 1-9
@@ -281,7 +285,8 @@ def undefended(settings: dict, # of kind 'undefended', with 'environment' and 'd
               ) -> dict: # triggered, clean: (1, points, classes) float32
     "Train one ordinary model on the poisoned data and evaluate it."
     task = runs.poisoned_task(settings)
-    trained = replace(undefended_spec(settings, settings['device']), precision=settings['environment']['precision'], stack=1)
+    trained = replace(undefended_spec(settings, settings['device']),
+                      precision=settings['environment']['precision'], stack=1)
     evals = dict(triggered=task.x_test_triggered, clean=task.x_test)
     return ensemble.train_shard(trained, task.x_train, task.y_train, evals, models)['probabilities']
 
@@ -338,8 +343,10 @@ def knn(settings: dict, # of kind 'knn', with 'environment'
     for name, x in dict(triggered=task.x_test_triggered, clean=task.x_test).items():
         if name == 'clean' and k > 1: continue
         distances = neighbours(task, k).distances(x)
-        certified = knn_certificates(settings, task, x, distances, settings['n_levels'] if name == 'triggered' else [None])
-        out |= {f'{name}.{key}': value for key, value in certified.items() if name == 'triggered' or key.endswith('.prediction')}
+        certified = knn_certificates(settings, task, x, distances, settings['n_levels']
+                                     if name == 'triggered' else [None])
+        out |= {f'{name}.{key}': value for key, value in certified.items() if name == 'triggered'
+                or key.endswith('.prediction')}
         out[f'{name}.undefended'] = vote(distances, task.y_train, k)
     return out
 
@@ -360,7 +367,8 @@ class Statement:
     simultaneous: bool = True # valid for the class selected on the same outputs
 
 PAPER = Statement('soft', 'hoeffding', False)
-ENSEMBLE = (PAPER, *(Statement('soft', bound) for bound in ('hoeffding', 'empirical_bernstein')), Statement('hard', 'hoeffding'), Statement('hard', 'clopper_pearson'))
+ENSEMBLE = (PAPER, *(Statement('soft', bound) for bound in ('hoeffding', 'empirical_bernstein')),
+            Statement('hard', 'hoeffding'), Statement('hard', 'clopper_pearson'))
 QUANTISED, EXACT = Statement('L=200', 'exact'), Statement('exact', 'exact')
 
 def statements(table: TableSpec) -> tuple: # the first one fills the paper's columns, the last one is the tightest for models that agree
@@ -406,7 +414,8 @@ class Finished:
     def total_norms(self) -> tuple: return self.about['nominal_total_norm'], self.about['total_norm']
 
 # %% ../nbs/31_tables.ipynb #25d905be
-VERSIONS = {'dnn': {'engine': ensemble.ENGINE}, 'undefended': {'engine': ensemble.ENGINE}, 'knn': {'version': KNN_VERSION}}
+VERSIONS = {'dnn': {'engine': ensemble.ENGINE}, 'undefended': {'engine': ensemble.ENGINE},
+            'knn': {'version': KNN_VERSION}}
 
 def blocks_behind(settings: dict, # of a run
                   blocks: list # of Block, of a table
@@ -431,7 +440,8 @@ def describe(blocks: list # of Block, of a smoothed ensemble
     key = blocks[0].key
     train, dp, module = key['train'], key.get('dp'), dict(key['module'])
     private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
-    network = module.pop('name') + (f" ({', '.join(f'{k} {v}' for k, v in module.items())})" if module else '')
+    network = module.pop('name') + (f" ({', '.join(f'{k} {v}' for k, v in module.items())})" if module
+                                    else '')
     more = ''.join(f', {k} {v}' for k, v in train.items() if k not in runs.ALWAYS)
     return (f"{network}, {train['epochs']} epochs, batch {train['batch_size']}, Adam {train['lr']:g}{private}{more}, "
             f"{key['environment']['precision']}, engine {key['environment']['engine']}")
@@ -448,17 +458,24 @@ def finished_ensemble(row: Row, settings: dict, profile: dict, # as from `runs_o
     "Read an ensemble and its undefended model."
     smoothed, alone = (blocks_behind(settings[name], blocks) for name in ('smoothed', 'undefended'))
     if not smoothed or not alone: return None
-    both, noise = [statistics_of(smoothed, name) for name in ('triggered', 'clean')], noise_from_repr(settings['smoothed']['noise'])
+    both, noise = [statistics_of(smoothed, name) for name in ('triggered',
+                                                              'clean')], noise_from_repr(settings['smoothed']['noise'])
     if not supported(PAPER, both[0], profile['alpha']): return None
-    certify = lambda s, stats: certificate.certify_statistics(stats, noise, profile['alpha'], s.bound, s.votes, s.simultaneous)
-    certificates = {s: tuple(certify(s, stats) for stats in both) for s in ENSEMBLE if supported(s, both[0], profile['alpha'])}
+    certify = lambda s, stats: certificate.certify_statistics(stats, noise, profile['alpha'], s.bound,
+                                                              s.votes, s.simultaneous)
+    certificates = {s: tuple(certify(s, stats) for stats in both) for s in ENSEMBLE
+                    if supported(s, both[0], profile['alpha'])}
     about, n = smoothed[0].about, both[0].n_models
     train, dp = settings['smoothed']['train'], settings['smoothed']['dp']
-    privacy = (about['n_train'], train['batch_size'], train['epochs'], dp['noise_multiplier'], n) if dp else ()
+    privacy = (about['n_train'], train['batch_size'], train['epochs'], dp['noise_multiplier'],
+               n) if dp else ()
     seconds, machines = cost_of(smoothed)
-    return Finished(row, certificates, *(smoothed[0].fixed[name].astype(np.int64) for name in ('triggered.y', 'clean.y')),
-                    tuple(statistics_of(alone, name).votes.argmax(1) for name in ('triggered', 'clean')), about, describe(smoothed),
-                    n, settings['smoothed']['n_models'], seconds + cost_of(alone)[0] / len(spec(row.table).sigmas), tuple(sorted(machines)),
+    return Finished(row, certificates, *(smoothed[0].fixed[name].astype(np.int64)
+                                         for name in ('triggered.y', 'clean.y')),
+                    tuple(statistics_of(alone, name).votes.argmax(1) for name in ('triggered', 'clean')),
+                    about, describe(smoothed),
+                    n, settings['smoothed']['n_models'], seconds
+                    + cost_of(alone)[0] / len(spec(row.table).sigmas), tuple(sorted(machines)),
                     tuple(sorted({f"{b.origin['device']} (torch {b.origin['torch']})" for b in smoothed})),
                     both[0].diverged, privacy, both[0].mean * n / max(n - both[0].diverged, 1))
 
@@ -469,7 +486,9 @@ def stored_certificate(arrays: dict, part: str, sigma: float, n_levels) -> certi
     if f'{key}.log_q_a' not in arrays: return None
     prediction, log_q_a, log_p_b = (arrays[f'{key}.{field}'] for field in CERTIFIED)
     p_a, p_b = np.nextafter(-np.expm1(log_q_a), 0), np.nextafter(np.exp(log_p_b), 1)
-    return certificate.exact_certificate(prediction.astype(np.int64), np.clip(p_a, 0, 1), np.clip(p_b, 0, 1), GaussianNoise(sigma), log_q_a, log_p_b, 'quantised' if n_levels else 'exact')
+    return certificate.exact_certificate(prediction.astype(np.int64), np.clip(p_a, 0, 1), np.clip(p_b, 0, 1),
+                                         GaussianNoise(sigma), log_q_a, log_p_b, 'quantised' if n_levels
+                                         else 'exact')
 
 # %% ../nbs/31_tables.ipynb #b69236ed
 def finished_knn(row: Row, settings: dict, profile: dict, blocks: list) -> Finished | None:
@@ -478,10 +497,13 @@ def finished_knn(row: Row, settings: dict, profile: dict, blocks: list) -> Finis
     if not found: return None
     arrays, about, how = found[0].fixed, found[0].about, f"K = {settings['nearest']['n_neighbors']}, "
     clean = lambda n: arrays.get(f'clean.{label(row.sigma, n)}.prediction')
-    certificates = {QUANTISED if n else EXACT: (stored_certificate(arrays, 'triggered', row.sigma, n), clean(n)) for n in levels}
+    certificates = {QUANTISED if n else EXACT: (stored_certificate(arrays, 'triggered', row.sigma, n),
+                                                clean(n)) for n in levels}
     how += f'quantised to {levels[0]} levels (radii of a classifier with the same bucket edges) and exact (clean accuracy: exact)' if len(levels) > 1 else 'exact'
     seconds, machines = cost_of(found)
-    return Finished(row, certificates, *(arrays[name].astype(np.int64) for name in ('triggered.y', 'clean.y')), tuple(arrays.get(f'{part}.undefended') for part in ('triggered', 'clean')),
+    return Finished(row, certificates, *(arrays[name].astype(np.int64) for name in ('triggered.y',
+                                                                                    'clean.y')),
+                    tuple(arrays.get(f'{part}.undefended') for part in ('triggered', 'clean')),
                     about, how, 0, 0, seconds / len(settings['nearest']['sigmas']), tuple(machines))
 
 # %% ../nbs/31_tables.ipynb #60235d05
@@ -489,7 +511,8 @@ def blocks_for(table: TableSpec, profile: dict, settings: list, # of runs
                statistics # file of blocks; None: what the local store has of the runs
               ) -> list: # of Block
     "What is known about some runs."
-    return read_blocks(statistics) if statistics else runs.new_blocks([runs.open_run(s) for s in settings], [])
+    return read_blocks(statistics) if statistics else runs.new_blocks([runs.open_run(s) for s in settings],
+                                                                      [])
 
 # %% ../nbs/31_tables.ipynb #265c1e65
 RESULTS = 'results' # stands for the file of blocks in results/<profile>
@@ -501,10 +524,22 @@ def finished_rows(table: TableSpec, profile: dict, # its axes; see `load_profile
                  ) -> list: # of Finished, possibly none
     "Read every row of a table that something can be said about."
     wanted = {row: runs_of(row, profile, n_estimators) for row in rows_of(table, profile)[:first or None]}
-    if statistics == RESULTS: statistics = None if n_estimators else statistics_path(table.number, profile['profile'])
-    blocks = blocks_for(table, profile, different(s for group in wanted.values() for s in group.values()), statistics)
+    if statistics == RESULTS:
+        statistics = None if n_estimators else statistics_path(table.number, profile['profile'])
+    blocks = blocks_for(table, profile, different(s for group in wanted.values() for s in group.values()),
+                        statistics)
     read = finished_knn if table.model == '1nn' else finished_ensemble
     return [f for row, group in wanted.items() if (f := read(row, group, profile, blocks))]
+
+def complete(settings: list, # of runs
+             statistics, # file of blocks; None: the local store
+             n_jobs: int | None = None # worker processes; None: one per CPU or GPU
+            ) -> None:
+    "Compute what is missing of some runs; those of which all models are in the file need neither data nor store."
+    blocks = read_blocks(statistics) if statistics else []
+    there = lambda s: sum(b.n_models for b in blocks_behind(s, blocks))
+    lacking = [s for s in settings if there(s) < s['n_models']]
+    if lacking: runs.run_all(lacking, n_jobs=n_jobs, statistics=statistics)
 
 def finish(table: TableSpec, profile: dict, n_estimators: int = 0, first: int = 0, # as in `finished_rows`
            compute: bool = True, # False: leave out what is not finished
@@ -512,11 +547,13 @@ def finish(table: TableSpec, profile: dict, n_estimators: int = 0, first: int = 
            statistics=RESULTS # as in `finished_rows`
           ) -> list: # of Finished, at least one
     "Compute what is missing of a table's runs, and read them all; ValueError if nothing is finished."
-    if statistics == RESULTS: statistics = None if n_estimators else statistics_path(table.number, profile['profile'])
+    if statistics == RESULTS:
+        statistics = None if n_estimators else statistics_path(table.number, profile['profile'])
     rows = rows_of(table, profile)[:first or None]
-    if compute: runs.run_all(settings_of(rows, profile, n_estimators), n_jobs=n_jobs, statistics=statistics)
+    if compute: complete(settings_of(rows, profile, n_estimators), statistics, n_jobs)
     done = finished_rows(table, profile, n_estimators, first, statistics)
-    if not done: raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: compute some first')
+    if not done:
+        raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: compute some first')
     return done
 
 # %% ../nbs/31_tables.ipynb #10c89e3a
@@ -531,7 +568,7 @@ def finish_neighbours(table: TableSpec, profile: dict, # as in `finish`
     settings = {row: knn_runs(row, profile, n_neighbors) for row in rows}
     if statistics == RESULTS: statistics = statistics_path(table.number, profile['profile'])
     wanted = different(s['nearest'] for s in settings.values())
-    if compute: runs.run_all(wanted, statistics=statistics)
+    if compute: complete(wanted, statistics)
     blocks = blocks_for(table, profile, wanted, statistics)
     return [f for row in rows if (f := finished_knn(row, settings[row], profile, blocks))]
 

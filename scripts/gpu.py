@@ -26,14 +26,19 @@ STAGES = [('environment', .12), ('measure', .25), ('table 1', .75), ('table 4', 
 
 # ---- the parent -----------------------------------------------------------------------------------
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--limit', type=float, default=540, help='seconds for everything (default: %(default)s)')
-    parser.add_argument('--out', default=os.environ.get('OUT', 'build/gpu'), help='folder for the results (default: $OUT, else build/gpu)')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--limit', type=float, default=540,
+                        help='seconds for everything (default: %(default)s)')
+    parser.add_argument('--out', default=os.environ.get('OUT', 'build/gpu'),
+                        help='folder for the results (default: $OUT, else build/gpu)')
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     parser.add_argument('--profile', help='default: paper on cuda, quick on cpu')
     parser.add_argument('--models', type=int, help='models per run, instead of as many as the profile says')
-    parser.add_argument('--rows', type=int, nargs='+', help='rows of Tables 1 and 4 (default: all on cuda; 1 and 2 on cpu, which is a rehearsal)')
-    parser.add_argument('--beside', nargs='*', default=[], help='folders of blocks whose models are not computed')
+    parser.add_argument('--rows', type=int, nargs='+',
+                        help='rows of Tables 1 and 4 (default: all on cuda; 1 and 2 on cpu, which is a rehearsal)')
+    parser.add_argument('--beside', nargs='*', default=[],
+                        help='folders of blocks whose models are not computed')
     parser.add_argument('--stage', help=argparse.SUPPRESS)
     parser.add_argument('--work', help=argparse.SUPPRESS)
     parser.add_argument('--until', type=float, help=argparse.SUPPRESS)
@@ -55,9 +60,12 @@ def stop(process):
 
 def run_stage(name, seconds, args, log):
     "One stage as a process; its last words are kept in the log."
-    command = [sys.executable, __file__, '--stage', name, '--until', str(seconds), '--out', args.out, '--work', args.work, '--device', args.device,
-               '--profile', args.profile, '--limit', str(args.limit), *(['--models', str(args.models)] if args.models else []),
-               *(['--rows', *map(str, args.rows)] if args.rows else []), *(['--beside', *args.beside] if args.beside else [])]
+    command = [sys.executable, __file__, '--stage', name, '--until', str(seconds), '--out', args.out,
+               '--work', args.work, '--device', args.device,
+               '--profile', args.profile, '--limit', str(args.limit),
+               *(['--models', str(args.models)] if args.models else []),
+               *(['--rows', *map(str, args.rows)] if args.rows else []),
+               *(['--beside', *args.beside] if args.beside else [])]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     try: process.wait(seconds)
@@ -79,7 +87,8 @@ def main(args):
     begun = time.monotonic()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if left := [p.name for p in out.iterdir()]: sys.exit(f'{out} is not empty ({left[0]}): name another folder with --out')
+    if left := [p.name for p in out.iterdir()]:
+        sys.exit(f'{out} is not empty ({left[0]}): name another folder with --out')
     args.out, args.work = str(out), tempfile.mkdtemp(prefix='rab_nb_gpu_')
     try:
         with open(out / 'log.txt', 'a') as log:
@@ -116,7 +125,8 @@ def profile_file(args):
     profile = yaml.safe_load(tables.profile_path(args.profile).read_text())
     for part in ('ensemble', 'dp'):
         for how in profile[part].values():
-            if part == 'ensemble' or 'n_models' in how: how.update(n_models=args.models, shard_size=args.models)
+            if part == 'ensemble' or 'n_models' in how:
+                how.update(n_models=args.models, shard_size=args.models)
             if part == 'ensemble': how.update(stack=args.models)
     path = Path(args.work) / 'profile.yaml'
     path.write_text(yaml.safe_dump(profile))
@@ -127,15 +137,18 @@ def environment(args):
     "What this machine is, and whether it computes what the CPU computes."
     from importlib.metadata import PackageNotFoundError, version
     import torch
-    about = dict(python=platform.python_version(), machine=platform.machine(), cpus=os.cpu_count(), data=sorted(p.name for p in Path(os.environ['RAB_DATA']).glob('*.npz')))
+    about = dict(python=platform.python_version(), machine=platform.machine(), cpus=os.cpu_count(),
+                 data=sorted(p.name for p in Path(os.environ['RAB_DATA']).glob('*.npz')))
     for name in ('torch', 'numpy', 'scipy', 'scikit-learn', 'pandas', 'safetensors', 'filelock'):
         try: about[name] = version(name)
         except PackageNotFoundError: about[name] = None
     if args.device == 'cuda':
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()
-        about |= dict(gpu=properties.name, processors=properties.multi_processor_count, free=free, total=total, cuda=torch.version.cuda,
-                      cudnn=torch.backends.cudnn.version(), tf32=[torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32])
+        about |= dict(gpu=properties.name, processors=properties.multi_processor_count, free=free,
+                      total=total, cuda=torch.version.cuda,
+                      cudnn=torch.backends.cudnn.version(),
+                      tf32=[torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32])
     print(json.dumps(about, indent=1), flush=True)
     return same_as_cpu(args)
 
@@ -148,7 +161,8 @@ class DrawnOnCpu:
 
     def sample(self, shape, generator):
         import torch
-        return self.noise.sample(shape, torch.Generator().manual_seed(generator.initial_seed())).to(generator.device)
+        return self.noise.sample(shape,
+                                 torch.Generator().manual_seed(generator.initial_seed())).to(generator.device)
 
 
 def same_as_cpu(args):
@@ -158,9 +172,11 @@ def same_as_cpu(args):
     from rab_nb import data, ensemble, models
     from rab_nb.noise import GaussianNoise
     task = data.load('digits', [0, 1])
-    spec = ensemble.TrainSpec(models.digits_cnn, DrawnOnCpu(GaussianNoise(.5)), epochs=2, batch_size=32, lr=1e-3, precision='float32', device='cpu')
+    spec = ensemble.TrainSpec(models.digits_cnn, DrawnOnCpu(GaussianNoise(.5)), epochs=2, batch_size=32,
+                              lr=1e-3, precision='float32', device='cpu')
     def answers(**change):
-        shard = ensemble.train_shard(replace(spec, **change), task.x_train, task.y_train, {'test': task.x_test}, range(4))
+        shard = ensemble.train_shard(replace(spec, **change), task.x_train, task.y_train,
+                                     {'test': task.x_test}, range(4))
         return shard['probabilities']['test']
     cpu, wrong = answers(stack=1), 0
     for stack in (1, 4):
@@ -170,7 +186,8 @@ def same_as_cpu(args):
             sound = bool(np.isfinite(here).all()) and gap < most
             wrong += not sound
             print(f"stack {stack}, {precision}: largest difference from the CPU {gap:.2e} ({'sound' if sound else 'WRONG'}), the same bits twice: {bits}", flush=True)
-            note(args, what='largest difference from the CPU', device=args.device, precision=precision, stack=stack, value=gap)
+            note(args, what='largest difference from the CPU', device=args.device, precision=precision,
+                 stack=stack, value=gap)
     return int(wrong > 0)
 
 
@@ -195,10 +212,12 @@ def ceilings(args):
     n, m = (2**28, 8192) if args.device == 'cuda' else (2**24, 512)
     x, y = torch.zeros(n, device=args.device), torch.empty(n, device=args.device)
     s = seconds_of(lambda: y.copy_(x), args)
-    note(args, what='copy', device=args.device, precision='float32', seconds=s, value=8e-9 * n / s, unit='GB/s')
+    note(args, what='copy', device=args.device, precision='float32', seconds=s, value=8e-9 * n / s,
+         unit='GB/s')
     a, b = (torch.randn(m, m, device=args.device, dtype=torch.bfloat16) for _ in range(2))
     s = seconds_of(lambda: a @ b, args)
-    note(args, what='product', device=args.device, precision='bf16', seconds=s, value=2e-12 * m**3 / s, unit='TFLOP/s')
+    note(args, what='product', device=args.device, precision='bf16', seconds=s, value=2e-12 * m**3 / s,
+         unit='TFLOP/s')
 
 
 def networks(args):
@@ -223,22 +242,26 @@ def measure(args):
         spec = ensemble.resolved(spec, (n, *task.x_train.shape[1:]))
         train = lambda: ensemble.train_shard(spec, task.x_train[:n], task.y_train[:n], {}, range(spec.stack))
         s = seconds_of(train, args, repeats=1)
-        note(args, what='training', table=table, device=args.device, precision=spec.precision, stack=spec.stack, visits_per_second=n * spec.stack / s, seconds=s)
+        note(args, what='training', table=table, device=args.device, precision=spec.precision,
+             stack=spec.stack, visits_per_second=n * spec.stack / s, seconds=s)
         if table != 1: continue
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (args.device == 'cuda')
         with torch.profiler.profile(activities=kinds) as profiler: train()
         by = 'self_cuda_time_total' if args.device == 'cuda' else 'self_cpu_time_total'
-        (Path(args.out) / 'profile.txt').write_text(profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+        (Path(args.out) / 'profile.txt').write_text(profiler.key_averages().table(sort_by=by, row_limit=20,
+                                                                                  max_name_column_width=60))
     return 0
 
 
 def table(args, number):
     "Blocks of a table; of Table 2 the first row and pair only."
     from rab_nb.runs import main
-    few = ['--rows', '1', '--pairs', '1'] if number == 2 else ['--rows', *map(str, args.rows)] if args.rows else []
+    few = ['--rows', '1', '--pairs', '1'] if number == 2 else ['--rows',
+                                                               *map(str, args.rows)] if args.rows else []
     beside = ['--beside', *args.beside] if args.beside else []
     jobs = ['--jobs', '1'] if args.device == 'cuda' or args.models else []
-    return main(['run', '--table', str(number), '--profile', profile_file(args), '--device', args.device, '--statistics', args.out, '--store', str(Path(args.work) / 'runs'),
+    return main(['run', '--table', str(number), '--profile', profile_file(args), '--device', args.device,
+                 '--statistics', args.out, '--store', str(Path(args.work) / 'runs'),
                  '--time-limit', str(args.until), '--quiet', *few, *beside, *jobs])
 
 

@@ -31,7 +31,8 @@ def outputs(seed, n, points=6, classes=2):
 def block(x, numbers, device='cpu', seed=0):
     "A block made of outputs whose row k is model numbers[k]."
     sums, diverged = store.added_up({'test': x}, list(numbers))
-    return store.Block(dict(kind='toy', seed=seed), dict(device=device, torch='2.13.0'), store.joined(numbers), diverged, sums, {}, 'toy', {},
+    return store.Block(dict(kind='toy', seed=seed), dict(device=device, torch='2.13.0'),
+                       store.joined(numbers), diverged, sums, {}, 'toy', {},
                        dict(milliseconds=7, machines=['here']))
 
 
@@ -39,8 +40,10 @@ def pieces(x, rng, **where):
     "Blocks of random disjoint sets of models, each inside one thousand, in random order."
     numbers = rng.permutation(len(x))
     cuts = np.sort(rng.choice(np.arange(1, len(x)), min(len(x) - 1, rng.integers(1, 12)), replace=False))
-    parts = [part[part // store.SPAN == span] for part in np.split(numbers, cuts) for span in set(part // store.SPAN)]
-    made = [block(x[np.sort(part)], np.sort(part).tolist(), **{k: v[rng.integers(len(v))] for k, v in where.items()}) for part in parts]
+    parts = [part[part // store.SPAN == span] for part in np.split(numbers, cuts)
+             for span in set(part // store.SPAN)]
+    made = [block(x[np.sort(part)], np.sort(part).tolist(),
+                  **{k: v[rng.integers(len(v))] for k, v in where.items()}) for part in parts]
     return [made[i] for i in rng.permutation(len(made))]
 
 
@@ -50,10 +53,12 @@ def pieces(x, rng, **where):
 def test_certificates_from_blocks_never_exceed_those_from_the_outputs(seed, n, classes):
     rng, x = np.random.default_rng(seed), outputs(seed, n, classes=classes)
     stats = store.statistics_of(store.merged(pieces(x, rng, device=['cpu', 'cuda'])), 'test')
-    for bound, votes in (('hoeffding', 'soft'), ('empirical_bernstein', 'soft'), ('hoeffding', 'hard'), ('clopper_pearson', 'hard')):
+    for bound, votes in (('hoeffding', 'soft'), ('empirical_bernstein', 'soft'), ('hoeffding', 'hard'),
+                         ('clopper_pearson', 'hard')):
         if n < 60 and (bound, votes) != ('clopper_pearson', 'hard'): continue
         mine, full = (f(s, NOISE, .01, bound, votes) for f, s in ((certify_statistics, stats), (certify, x)))
-        assert (mine.p_a <= full.p_a + 1e-15).all() and (mine.radius <= full.radius + 1e-12).all() and (mine.p_b >= full.p_b - 1e-15).all()
+        assert (mine.p_a <= full.p_a + 1e-15).all() and (mine.radius <= full.radius
+                                                         + 1e-12).all() and (mine.p_b >= full.p_b - 1e-15).all()
         assert (full.p_a - mine.p_a < 4e-6).all() and np.mean(mine.prediction != full.prediction) < .2
     assert (stats.votes == np.stack([(x.argmax(2) == c).sum(0) for c in range(classes)], 1)).all()
 
@@ -75,7 +80,8 @@ def test_diverged_models_give_the_worst_answer(seed, lost):
         mean = (worst.argmax(2)[..., None] == np.arange(2)).mean(0) if votes == 'hard' else worst.mean(0)
         full = certify(worst, NOISE, .01, bound, votes)
         kept = mean.argmax(1) == top
-        assert (mine.p_a[kept] <= full.p_a[kept] + 1e-9).all() and (np.abs(mine.p_a - full.p_a)[kept] < 4e-6).all()
+        assert (mine.p_a[kept] <= full.p_a[kept]
+                + 1e-9).all() and (np.abs(mine.p_a - full.p_a)[kept] < 4e-6).all()
         assert (mine.prediction[~kept] == -1).all()
 
 
@@ -116,13 +122,16 @@ def test_equal_blocks_count_once_and_others_that_overlap_are_refused():
     x = outputs(1, 20)
     a, b = block(x[:10], range(10)), block(x[10:], range(10, 20))
     assert store.pack_blocks(store.merged([a, b, a, b])) == store.pack_blocks(store.merged([a, b]))
-    for other in (block(x[5:15], range(5, 15)), block(x[:10], range(10), device='cuda'), block(x[10:], range(10)), block(x, range(20))):
+    for other in (block(x[5:15], range(5, 15)), block(x[:10], range(10), device='cuda'),
+                  block(x[10:], range(10)), block(x, range(20))):
         with pytest.raises(store.StatisticsError, match='a model counts once'): store.merged([a, other])
-    assert len(store.merged([a, block(x[:10], range(10), seed=1)])) == 2, 'models of other runs are other models'
+    assert len(store.merged([a, block(x[:10], range(10),
+                                      seed=1)])) == 2, 'models of other runs are other models'
 
 
 def test_blocks_about_other_points_are_refused():
-    with pytest.raises(store.StatisticsError, match='different points'): store.merged([block(outputs(0, 5), range(5)), block(outputs(0, 5, points=7), range(5, 10))])
+    with pytest.raises(store.StatisticsError, match='different points'):
+        store.merged([block(outputs(0, 5), range(5)), block(outputs(0, 5, points=7), range(5, 10))])
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -131,8 +140,10 @@ def test_what_is_no_file_of_blocks_is_never_overwritten(tmp_path, capsys):
     whole = store.pack_blocks([x])
     for content in (b'', b'notes of mine', whole[:-1], whole + b' ', whole.replace(b'toy', b'yot', 1)):
         (tmp_path / 'table1.safetensors').write_bytes(content)
-        with pytest.raises(store.StatisticsError, match='Restore it'): store.add_blocks(tmp_path / 'table1.safetensors', [x])
-        assert runs.main(['run', '--table', '1', '--statistics', str(tmp_path), '--store', str(tmp_path / 'store'), '--quiet']) == 2
+        with pytest.raises(store.StatisticsError, match='Restore it'):
+            store.add_blocks(tmp_path / 'table1.safetensors', [x])
+        assert runs.main(['run', '--table', '1', '--statistics', str(tmp_path), '--store',
+                          str(tmp_path / 'store'), '--quiet']) == 2
         assert 'Restore it' in capsys.readouterr().err and (tmp_path / 'table1.safetensors').read_bytes() == content
     assert not (tmp_path / 'store').exists(), 'nothing was computed that could not have been kept'
 
@@ -150,7 +161,8 @@ for k in range(first, 400, step): store.add_blocks(sys.argv[2], [block(x[k:k + 1
 
 
 def writer(path, first=0, step=1):
-    w = subprocess.Popen([sys.executable, '-c', WRITER, str(first), path, str(Path(__file__).parent), str(step)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    w = subprocess.Popen([sys.executable, '-c', WRITER, str(first), path, str(Path(__file__).parent),
+                          str(step)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     w.stdout.readline()
     w.stdin.write('go\n'); w.stdin.flush()
     return w
@@ -168,25 +180,30 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         seen = len(numbers)
     assert seen > 0
     store.add_blocks(path, [block(outputs(0, 400, points=2000)[399:], [399])])
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != '.lock') == ['table1.safetensors'], 'the next writer clears up'
+    assert sorted(p.name for p in tmp_path.iterdir()
+                  if p.suffix != '.lock') == ['table1.safetensors'], 'the next writer clears up'
 
 
 def test_two_writers_at_once_lose_nothing(tmp_path):
     path = tmp_path / 'table1.safetensors'
     for w in [writer(path, i, 40) for i in range(3)]: assert w.wait(120) == 0
-    assert store.listed(store.read_blocks(path)[0].models) == sorted(k for i in range(3) for k in range(i, 400, 40))
+    assert store.listed(store.read_blocks(path)[0].models) == sorted(k for i in range(3)
+                                                                     for k in range(i, 400, 40))
 
 
 # ---- runs that keep blocks ----------------------------------------------------------------------
 def compute(settings, place, **how):
-    return runs.run_all(settings, place / 'store', **(dict(n_jobs=1, device='cpu', progress=False, statistics=place / 'kept') | how))
+    return runs.run_all(settings, place / 'store', **(dict(n_jobs=1, device='cpu', progress=False,
+                                                           statistics=place / 'kept') | how))
 
 
 @pytest.fixture
 def asked(monkeypatch):
     "The shards that were computed."
     said, compute_one = [], runs.compute
-    monkeypatch.setattr(runs, 'compute', lambda kind, settings, models: said.append((settings.get('random_state', 0), models)) or compute_one(kind, settings, models))
+    monkeypatch.setattr(runs, 'compute', lambda kind, settings,
+                        models: said.append((settings.get('random_state', 0), models))
+                        or compute_one(kind, settings, models))
     return said
 
 
@@ -194,10 +211,12 @@ def test_kept_models_are_never_computed_again(tmp_path, asked):
     "With the store, without it (a fresh clone), in a larger ensemble, in other portions."
     compute([DRILL], tmp_path)
     first, content = len(asked), (tmp_path / 'kept').read_bytes()
-    for place, change in ((tmp_path / 'store', {}), (tmp_path / 'fresh', {}), (tmp_path / 'fresh', {'shard_size': 7})):
+    for place, change in ((tmp_path / 'store', {}), (tmp_path / 'fresh', {}),
+                          (tmp_path / 'fresh', {'shard_size': 7})):
         runs.run_all([DRILL | change], place, 1, device='cpu', progress=False, statistics=tmp_path / 'kept')
     assert len(asked) == first and (tmp_path / 'kept').read_bytes() == content
-    runs.run_all([DRILL | dict(n_models=70, shard_size=8)], tmp_path / 'fresh', 1, device='cpu', progress=False, statistics=tmp_path / 'kept')
+    runs.run_all([DRILL | dict(n_models=70, shard_size=8)], tmp_path / 'fresh', 1, device='cpu',
+                 progress=False, statistics=tmp_path / 'kept')
     assert [models for _, models in asked[first:]] == [range(60, 64), range(64, 70)]
     stats = store.statistics_of(store.read_blocks(tmp_path / 'kept'), 'probabilities')
     exact = runs.drill(DRILL, range(70))['probabilities']
@@ -217,14 +236,17 @@ def test_models_beside_are_not_computed_and_not_written(tmp_path, asked):
 
 
 def test_every_run_gets_a_hundred_models_before_any_gets_two(tmp_path, asked):
-    wanted = [dict(kind='drill', n_models=n, shard_size=50, n_points=2, random_state=i) for i, n in enumerate((250, 100, 201))]
+    wanted = [dict(kind='drill', n_models=n, shard_size=50, n_points=2, random_state=i) for i,
+              n in enumerate((250, 100, 201))]
     compute(wanted, tmp_path)
-    assert [(i, m.start // 100) for i, m in asked] == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 0), (2, 0), (0, 1), (0, 1), (2, 1), (2, 1), (0, 2), (2, 2)]
+    assert [(i, m.start // 100) for i, m in asked] == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 0), (2, 0), (0, 1),
+                                                       (0, 1), (2, 1), (2, 1), (0, 2), (2, 2)]
 
 
 def test_a_hundred_models_are_kept_as_soon_as_they_are_there(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(runs, 'keep_blocks', lambda path, some, keep=runs.keep_blocks: kept.append(sum(b.n_models for b in keep(path, some))))
+    monkeypatch.setattr(runs, 'keep_blocks', lambda path, some,
+                        keep=runs.keep_blocks: kept.append(sum(b.n_models for b in keep(path, some))))
     compute([dict(kind='drill', n_models=250, shard_size=50)], tmp_path)
     assert kept == [100, 200, 250, 250]
 
@@ -239,16 +261,19 @@ def test_time_limit(tmp_path):
         'some = [dict(kind="drill", n_models=900, shard_size=5, n_points=4, seconds=.3, random_state=i) for i in range(2)]\n'
         'if __name__ == "__main__": runs.run_all(some, sys.argv[1], 1, device="cpu", progress=False, statistics=sys.argv[2], until=runs._until(float(sys.argv[3])))')
     start = time.monotonic()
-    subprocess.run([sys.executable, tmp_path / 'main.py', tmp_path / 'store', tmp_path / 'kept', str(limit)], check=True)
+    subprocess.run([sys.executable, tmp_path / 'main.py', tmp_path / 'store', tmp_path / 'kept', str(limit)],
+                   check=True)
     assert time.monotonic() - start < limit
-    counts = [sum(b.n_models for b in store.read_blocks(tmp_path / 'kept') if b.key['random_state'] == i) for i in range(2)]
+    counts = [sum(b.n_models for b in store.read_blocks(tmp_path / 'kept') if b.key['random_state'] == i)
+              for i in range(2)]
     assert 0 < counts[0] < 900 and 0 <= counts[0] - counts[1] <= 100 and not list(tmp_path.rglob('store/*/.*.part'))
 
 
 def test_no_shard_starts_that_would_not_end_in_time(tmp_path, asked):
     "The first shard tells the pace; the second would end after the deadline."
     one = DRILL | {'seconds': 1.5}
-    out = runs.run_all([one], tmp_path / 'store', 1, device='cpu', progress=False, statistics=tmp_path / 'kept', until=time.monotonic() - 1)
+    out = runs.run_all([one], tmp_path / 'store', 1, device='cpu', progress=False,
+                       statistics=tmp_path / 'kept', until=time.monotonic() - 1)
     assert asked == [] and store.read_blocks(tmp_path / 'kept') == [] and len(out[0].missing()) == 12
     deadline = runs.Deadline(time.monotonic() + 2)
     deadline.note(runs.Job(out[0], range(5)), 1.5)
@@ -259,7 +284,8 @@ def test_no_shard_starts_that_would_not_end_in_time(tmp_path, asked):
 def test_stopped_runs_keep_what_they_have(number, tmp_path):
     script = 'import sys; from rab_nb import runs\nif __name__ == "__main__": sys.exit(runs.main(sys.argv[1:]))'
     (tmp_path / 'main.py').write_text(script)
-    command = [sys.executable, tmp_path / 'main.py', 'run', '--table', '1', '--profile', tables.PROFILES / 'quick.yaml', '--rows', '1', '--pairs', '1', '--jobs', '1',
+    command = [sys.executable, tmp_path / 'main.py', 'run', '--table', '1', '--profile',
+               tables.PROFILES / 'quick.yaml', '--rows', '1', '--pairs', '1', '--jobs', '1',
                '--device', 'cpu', '--quiet', '--statistics', tmp_path / 'kept', '--store', tmp_path / 'store']
     run = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 200
@@ -305,6 +331,17 @@ def test_tables_need_blocks_and_nothing_else(some_rows, tmp_path, monkeypatch):
     assert tables.tidy(again, tables.spec(1)).equals(tables.tidy(before, tables.spec(1)))
 
 
+def test_a_complete_table_is_drawn_without_data_and_without_computing(some_rows, tmp_path, monkeypatch):
+    "`finish` computes what is missing, and of these rows nothing is."
+    profile, kept = some_rows
+    profile = dict(profile, ensemble=dict(mnist=profile['ensemble']['mnist'] | dict(n_models=25)))
+    monkeypatch.setenv('RAB_RUNS', str(tmp_path / 'empty'))
+    monkeypatch.setattr(runs.data, 'load', lambda *a, **k: pytest.fail('a table asked for data'))
+    runs._task.cache_clear(); runs._poisoned.cache_clear()
+    found = tables.finish(tables.spec(1), profile, first=2, statistics=kept)
+    assert [(f.n_models, f.n_asked) for f in found] == [(50, 25), (25, 25)] and not (tmp_path / 'empty').exists()
+
+
 def test_models_of_another_engine_or_precision_stay_out(some_rows, tmp_path):
     profile, kept = some_rows
     settings = tables.runs_of(tables.rows_of(tables.spec(1), profile)[0], profile)['smoothed']
@@ -316,9 +353,12 @@ def test_models_of_another_engine_or_precision_stay_out(some_rows, tmp_path):
         return [replace(b, key=b.key | {'environment': b.key['environment'] | change}) for b in mine]
     assert tables.blocks_behind(settings, other(engine=2)) == []
     half = [b for b in other(precision='bf16')]
-    assert tables.blocks_behind(settings, [*mine, *half])[0].key['environment']['precision'] in ('float32', 'bf16')
-    assert len({b.key['environment']['precision'] for b in tables.blocks_behind(settings, [*mine, *half])}) == 1
-    with pytest.raises(store.StatisticsError, match='different data'): tables.blocks_behind(settings, [*mine, *other(data='0' * 64)])
+    assert tables.blocks_behind(settings,
+                                [*mine, *half])[0].key['environment']['precision'] in ('float32', 'bf16')
+    assert len({b.key['environment']['precision'] for b in tables.blocks_behind(settings,
+                                                                                [*mine, *half])}) == 1
+    with pytest.raises(store.StatisticsError, match='different data'):
+        tables.blocks_behind(settings, [*mine, *other(data='0' * 64)])
 
 
 def test_a_table_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):

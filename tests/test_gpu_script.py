@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def script(*args, **environment):
-    return subprocess.run([ROOT / 'scripts/gpu.sh', *map(str, args)], capture_output=True, text=True, timeout=900, env=os.environ | {'PYTHON': sys.executable} | environment)
+    return subprocess.run([ROOT / 'scripts/gpu.sh', *map(str, args)], capture_output=True, text=True,
+                          timeout=900, env=os.environ | {'PYTHON': sys.executable} | environment)
 
 
 def test_a_rehearsal_on_the_cpu(tmp_path):
@@ -25,11 +26,14 @@ def test_a_rehearsal_on_the_cpu(tmp_path):
     assert done.returncode == 0 and done.stdout.count('finished') == 5, done.stdout + done.stderr + (tmp_path / 'out/log.txt').read_text()[-3000:]
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     files = sorted((tmp_path / 'out').iterdir())
-    assert [p.name for p in files] == ['gpu.csv', 'log.txt', 'profile.txt', 'table1.safetensors', 'table2.safetensors', 'table4.safetensors']
+    assert [p.name for p in files] == ['gpu.csv', 'log.txt', 'profile.txt', 'table1.safetensors',
+                                       'table2.safetensors', 'table4.safetensors']
     assert all(p.stat().st_size < 10**7 for p in files)
     for table, rows, runs in ((1, 4, 4), (4, 4, 4), (2, 1, 1)):
         blocks = store.read_blocks(tmp_path / f'out/table{table}.safetensors')
-        assert [b.n_models for b in blocks if b.key['kind'] == 'dnn'] == [2] * runs and {b.n_models for b in blocks if b.key['kind'] == 'undefended'} == {1}
+        assert [b.n_models for b in blocks
+                if b.key['kind'] == 'dnn'] == [2] * runs and {b.n_models for b in blocks
+                                                              if b.key['kind'] == 'undefended'} == {1}
     measured = list(csv.DictReader((tmp_path / 'out/gpu.csv').open()))
     assert {row['table'] for row in measured if row['what'] == 'training'} == {'1', '4', '2', '5'}
     assert all(float(row['visits_per_second']) > 0 for row in measured if row['what'] == 'training')
@@ -58,5 +62,6 @@ def test_wrong_arguments(args): assert script(*args).returncode == 2
 def test_the_parent_needs_the_standard_library_only():
     import ast
     tree = ast.parse((ROOT / 'scripts/gpu.py').read_text())
-    top = {(getattr(n, 'module', None) or n.names[0].name).split('.')[0] for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))}
+    top = {(getattr(n, 'module', None) or n.names[0].name).split('.')[0] for n in tree.body
+           if isinstance(n, (ast.Import, ast.ImportFrom))}
     assert top <= set(sys.stdlib_module_names)
