@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in path.parts[len(ROOT.parts):]))
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == 'experiments']
-ROOMS = {'store.ipynb': '29_store.ipynb'}  # notebooks of nbs/internals have no number: where they stand
+ROOMS = {'store.ipynb': '29_store.ipynb', '23_labels.ipynb': '0_labels.ipynb'}  # where notebooks without a number stand, and one that the theory rests on
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
