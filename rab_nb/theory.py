@@ -467,16 +467,19 @@ def relabelled_share(p_a, p_b, # bounds of the winner's and the runner-up's prob
                     ): # in [0, 1/2], rounded down; nan where nothing is certified
     """How much of the box of uniform noise the patterns may move out of the overlap, besides the wrong labels.
 
-    (27) with labels: certified while 1 minus the product of the overlaps is smaller. Errors as in `relabelled_radius`."""
+    (27) with labels: certified while 1 minus the product of the overlaps is smaller.
+    Errors as in `relabelled_radius`."""
     alone = np.maximum(check_probability('p_a', p_a) - check_probability('p_b', p_b), 0) / 2
     rows = check_relabelled(flip, n_relabelled, n_classes)
-    return _with_labels(overlap_share, alone, 1., _tails(p_a, p_b, log_q_a, log_p_b), flip, rows, n_classes, .5)
+    logs = _tails(p_a, p_b, log_q_a, log_p_b)
+    return _with_labels(overlap_share, alone, 1., logs, flip, rows, n_classes, certain=.5)
 
 def relabelled_laplace_radius(p_a, p_b, scale, # as in `laplace_radius`
                               flip: float, n_relabelled, n_classes: int = 2, # as in `relabelled_radius`
                               log_q_a=None, log_p_b=None # as in `laplace_radius`
-                             ): # certified total l1 norm, rounded down; nan where not even unmarked rows are certified
+                             ): # certified total l1 norm, rounded down; nan where nothing is certified
     "`laplace_radius` for an attack that changes labels as well. Errors as in `relabelled_radius`."
     alone = laplace_radius(p_a, p_b, scale, log_q_a, log_p_b)
     rows = check_relabelled(flip, n_relabelled, n_classes)
-    return _with_labels(laplace_shift, alone, scale, _tails(p_a, p_b, log_q_a, log_p_b), flip, rows, n_classes)
+    logs = _tails(p_a, p_b, log_q_a, log_p_b)
+    return _with_labels(laplace_shift, alone, scale, logs, flip, rows, n_classes)
