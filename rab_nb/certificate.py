@@ -378,7 +378,8 @@ def _statistics_sides(stats, bound, votes, level):
     n, lost = stats.n_models, stats.diverged / stats.n_models
     if bound == 'clopper_pearson':
         decided = votes == 'hard' or np.array_equal(stats.mean, stats.second_moment)
-        if not decided: raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
+        if not decided:
+            raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
         side = lambda hits: bounds.clopper_pearson_hits(n, hits, level)
         return side(stats.votes)[0], side(stats.votes + stats.diverged)[1]
     slack = 0. if votes == 'hard' else stats.rounding
