@@ -394,7 +394,8 @@ def _rest(w, logs, last, k: int, R: int # as in `_power_sums`; neighbours, point
     shift = w @ logs[0] + np.arange(k + 1)[:, None, None] * log_scale
     shift = np.stack([shift, shift - log_scale])
     loose = power + bins/_rounding(R), rates + rate_bins/_rounding(R)
-    return *(np.exp(np.log(a) + shift) for a in (_series(power, rates, k, -1), _series(*loose, k, 1))), lost
+    pair, bound = (np.log(a) + shift for a in (_series(power, rates, k, -1), _series(*loose, k, 1)))
+    return np.exp(np.minimum(pair, 40)), np.exp(bound), lost # above e^40 is no probability but rounding
 
 def _rounding(R: int) -> float:
     "Relative rounding error of a few operations for each of R points."
@@ -428,7 +429,7 @@ def wins(pair # (2, K + 1, C, ...)
         for c, others in enumerate(reversed(behind)):
             mine = _times(before[c], pair[:, low:high + 1, c], k - low)
             first = max(0, k - low + 1 - others.shape[1])
-            others = others[:, k - low - first::-1][:, :mine.shape[1] - first]
+            others = others[:, k - low - first::-1][:, :max(0, mine.shape[1] - first)]
             V, D = mine[:, first:first + others.shape[1]]
             out[c] += np.einsum('k...,k...->...', V, others[1]) + np.einsum('k...,k...->...', D, others[0])
     return out
@@ -741,9 +742,9 @@ MOST_NEIGHBORS = 255 # that may vote
 
 def check_vote(n_neighbors, n_levels, n: int): # parameters of the classifier, number of training points
     "The number of buckets (None: exact), or a ValueError."
-    most, why = (n, 'the number of training points') if n < MOST_NEIGHBORS else (MOST_NEIGHBORS, 'the limit of this method')
+    most, why = min((n, 'number of training points'), (MOST_NEIGHBORS, 'limit of this method'))
     if check_count('n_neighbors', n_neighbors, 1) > most:
-        raise ValueError(f'n_neighbors must be at most {most}, {why}, got {n_neighbors}')
+        raise ValueError(f'n_neighbors must be at most the {why}, {most}, got {n_neighbors}')
     if n_levels is None: return None
     if n_neighbors > 1:
         raise ValueError('the quantised distance (n_levels) is defined for n_neighbors=1, '
