@@ -14,24 +14,26 @@ LONG = np.longdouble
 X16, W16 = np.polynomial.legendre.leggauss(16)
 
 
-def exact_distances(x, t, sigma):
-    "Distances in units of sigma, as float64, and how much farther than the nearest each point is."
+def exact_distances(x, t, sigma, k):
+    "Distances in units of sigma, as float64, and how much farther than the k-th nearest each point is."
     t, sigma = [Fraction(float(a)) for a in t], Fraction(float(sigma))
     squares = [sum((Fraction(float(a)) - b)**2 for a, b in zip(row, t)) / sigma**2 for row in x]
     with mp.workdps(60):
         s = [mp.sqrt(mp.mpf(q.numerator) / q.denominator) for q in squares]
-        return np.array([float(a) for a in s]), np.array([float(a - min(s)) for a in s])
+        return np.array([float(a) for a in s]), np.array([float(a - sorted(s)[k - 1]) for a in s])
 
 
 def log_scaled_bessel(nu, x):
     "log(exp(-x) I_nu(x)), x > 0."
     x = np.asarray(x, float)
-    out, small, large = np.empty(x.shape), x < (2000 if nu > 20 else 1), x > 1e6*(1 + nu*nu)
+    out, small, large = np.empty(x.shape), x < (2000 if nu > 20 else 1), x > 100 + nu*nu
     rest = ~small & ~large
     with np.errstate(divide='ignore'): out[rest] = np.log(ive(nu, x[rest]))
-    y = 8*x[large]
-    m = 4*nu*nu
-    out[large] = -np.log(2*math.pi*x[large])/2 + np.log1p(-(m - 1)/y + (m - 1)*(m - 9)/(2*y*y))
+    term, total = np.ones(large.sum()), 0
+    for k in range(1, 40):
+        total = total + term
+        term = -term*(4*nu*nu - (2*k - 1)**2)/(8*k*x[large])
+    out[large] = -np.log(2*math.pi*x[large])/2 + np.log(total)
     if small.any():
         z = x[small]
         k = np.arange(int(z.max()) + 60)
@@ -42,25 +44,27 @@ def log_scaled_bessel(nu, x):
 
 
 def log_density(v, s0, s, delta, d):
-    "log density of the noisy distance s0 + v, (n, J): differences to the nearest point, so that nothing cancels."
+    "log density of the noisy distance s0 + v, (n, J); delta = s - s0, so that nothing cancels."
     u, w = s0 + v, v - delta[:, None]
     x = u * s[:, None]
     out = np.empty(x.shape)
     zero = s == 0
     out[zero] = (d - 1)*np.log(u) - u*u/2 - (d/2 - 1)*math.log(2) - gammaln(d/2)
     far = ~zero
-    with np.errstate(divide='ignore'):
+    with np.errstate(divide='ignore', over='ignore'):
         ratio = np.where(np.abs(w) < s[:, None]/2, np.log1p(w/np.maximum(s[:, None], 1e-300)), np.log(u/np.maximum(s[:, None], 1e-300)))
     out[far] = -w[far]**2/2 + d/2*ratio[far] + np.log(s[far])[:, None] + log_scaled_bessel(d/2 - 1, x[far])
     return out
 
 
 def laws(s, delta, d, width=1/4):
-    "Weights (J,) of a rule in u, and F, S, g of every point at its nodes, (n, J) in extended precision."
-    s0 = s.min()
+    """Weights (J,) of a rule in u, and F, S, g of every point at its nodes, (n, J) in extended precision. The last vote
+    arrives around the point with delta = 0; points more than 60 nearer or farther are inside or outside for certain."""
+    kth = np.abs(delta).argmin()
+    s0 = s[kth]
     centre = delta + (d - .5)/(np.sqrt(s*s + d - .5) + s)
-    near = centre < centre.min() + 60
-    low, high = max(centre.min() - 13, -s0), centre[near].max() + 14
+    near = np.abs(centre - centre[kth]) < 60
+    low, high = max(centre[near].min() - 13, -s0), centre[near].max() + 14
     edges = low + np.arange(math.ceil((high - low)/width) + 1)*width
     if low == -s0: edges = np.concatenate([[-s0], -s0 + width*np.geomspace(1e-9, 1, 40)[:-1], edges[1:]]) # a density like a power of u
     half = np.diff(edges)/2
@@ -75,7 +79,7 @@ def laws(s, delta, d, width=1/4):
     from_end = np.concatenate([mass[:, ::-1].cumsum(1)[:, ::-1][:, 1:], np.zeros((len(s), 1))], 1)[..., None]
     above = from_end + (g @ (W16 - inside).T.astype(LONG)) * half[:, None]
     below, above = np.maximum(below, 0), np.maximum(above, 0)
-    low_half = below < .5
+    low_half = (below < .5) & (centre >= low)[:, None, None]
     F, S = np.where(low_half, below, 1 - above), np.where(low_half, 1 - below, above)
     weight = (half[:, None]*W16).ravel()
     return weight, *(a.reshape(len(s), -1) for a in (F, S, g))
@@ -155,8 +159,7 @@ def binomial_pair(n, F, S, g, k):
 
 def vote_of_groups(s, counts, y, n_classes, d, k, width=1/16):
     "Probabilities (C,) where each of a few distances belongs to `counts` points of one class."
-    delta = s - s.min()
-    weight, F, S, g = laws(s, delta, d, width)
+    weight, F, S, g = laws(s, s - np.sort(np.repeat(s, counts))[k - 1], d, width)
     inside = sum(n*f for n, f in zip(counts, F))
     some = (inside > k*1e-14) & (inside < 40*k + 4000)
     weight, F, S, g = weight[some], F[:, some], S[:, some], g[:, some]
