@@ -181,7 +181,7 @@ def test_more_neighbours_in_the_tail():
 
 def test_quantised_is_exact_in_the_tail():
     d, s, y = 4, np.array([.3, .4, 9., 9.5]), np.array([0, 0, 1, 1])
-    grid = window(.01, 14., .3, 9.5, d, 1/16)
+    grid = window(.01, 14., .3, 9.5, 1/16)
     cuts = np.array([1., 1.5, 2., 3., 4.])
     log_q = every_bucket(torch.from_numpy(s), torch.from_numpy(y), torch.eye(2, dtype=torch.float64)[y], d, grid, lattice(d, *grid).position(cuts))
     with mp.workdps(40):
@@ -221,7 +221,7 @@ def test_few_buckets_stand_for_all(n_levels, spread):
     rng, d = np.random.default_rng(0), 30
     s, y = 4 + spread*rng.random((3, 3000)), rng.integers(0, 3, 3000)
     s, y = torch.from_numpy(s), torch.from_numpy(y)
-    grid = window(1.5, 18., float(s.min()), float(s.max()), d, 1/16)
+    grid = window(1.5, 18., float(s.min()), float(s.max()), 1/16)
     wanted, hazard = knn.edge_hazard(np.arange(1, n_levels), n_levels), knn.cumulative_hazard(s, d, grid)
     log_p, error, _ = knn.quantised_group(s, y, 3, d, grid, n_levels)
     ones = torch.eye(3, dtype=torch.float64)[y]
