@@ -814,8 +814,8 @@ def warn_one_class(classes: np.ndarray, n: int # (C,) the user's labels, models 
         if share < .99: return
         agree, label = (counts.argmax(1) == favourite).sum(), classes.tolist()[favourite]
         warnings.warn(f'each of the first {len(votes)} models gives one answer ({label!r} for {agree} of '
-                      f'them) at {share:.1%} of {votes.shape[1]} training rows, taken from all {len(classes)} '
-                      'classes in turn: the models have learnt nothing that tells the classes apart. Train '
+                      f'them) at {share:.1%} of {votes.shape[1]} training rows, taken from all '
+                      f'{len(classes)} classes in turn: the models have learnt nothing that tells the classes apart. Train '
                       'longer (epochs) or in larger steps (lr), bring the inputs to the scale of the noise, or '
                       'take less noise')
     said = []
