@@ -239,7 +239,7 @@ def _check_reach(noise, n_classes, label_noise, test_sigma, n_train):
     "What else the smoothing covers, as arguments of a certificate; ValueError where it cannot be."
     most = 1. if n_classes is None else 1 - 1/n_classes
     allowed = f'in [0, {most:.4g}), so that the true label stays the likeliest'
-    fits = lambda v: 0 <= v < 1 and (n_classes is None or v * n_classes < n_classes - 1)
+    fits = lambda v: v == 0 or 0 <= v < 1 and (n_classes is None or v * n_classes < n_classes - 1)
     flip = _finite('label_noise', label_noise, allowed, fits)
     sigma = _finite('test_sigma', test_sigma or 0., 'a finite number >= 0, or None', lambda v: v >= 0)
     if sigma and not isinstance(noise, GaussianNoise):
