@@ -37,22 +37,30 @@ def clip_factors(norms: torch.Tensor, # (M, B) norms of the per-sample gradients
 def _square_norms(t: torch.Tensor # (M, B, ...)
                  ) -> torch.Tensor: # (M, B), float64
     "Squared norm of each sample."
-    norm = partial(torch.linalg.vector_norm, dim=2, dtype=torch.promote_types(t.dtype, torch.float32))
-    return sum(norm(part).double().square() for part in t.flatten(2).split(2**13, 2))
+    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.promote_types(t.dtype, torch.float32))
+    t = t.flatten(2)
+    whole = t.shape[2] // 1024 * 1024
+    squares = norm(t[..., whole:]).double().square()
+    if whole: squares = squares + norm(t[..., :whole].unflatten(2, (-1, 1024))).double().square().sum(2)
+    return squares
 
 # %% ../nbs/21_dp.ipynb #d4c40e09
 def ghost(rows: torch.Tensor, # A: (M, B, L, i)
           grads: torch.Tensor # G: (M, B, L, o)
          ) -> tuple: # squared norms (M, B), float64; function of factors (M, B) -> weighted sums (M, o, i)
-    "Norms, never too small, and weighted sums of the per-sample gradients G'A from their Gram matrices, forming none of them."
+    "Norms, never too small, and weighted sums of the per-sample gradients G'A, forming none of them."
     (length, i), o = rows.shape[2:], grads.shape[3]
-    squares = _square_norms(rows) * _square_norms(grads)
-    wide = torch.float64 if length > 1 else torch.float32
-    rows, grads = rows.to(wide), grads.to(wide)
-    if length > 1:
-        gram = ((rows @ rows.mT) * (grads @ grads.mT)).sum((2, 3))
-        squares = gram.clamp(min=0) + (i + o + length**2) * torch.finfo(wide).eps * squares
+    if length == 1:
+        rows, grads = rows.float(), grads.float()
+        squares = _square_norms(rows) * _square_norms(grads)
+    else:
+        rows, grads = rows.double(), grads.double()
+        a, g = rows @ rows.mT, grads @ grads.mT
+        error = (i + o + length**2) * torch.finfo(torch.float64).eps * _trace(a) * _trace(g)
+        squares = (a * g).sum((2, 3)).clamp(min=0) + error
     return squares, lambda c: _weighted_product(c, rows, grads)
+
+def _trace(gram): return gram.diagonal(dim1=2, dim2=3).sum(2) # (M, B, L, L) -> (M, B)
 
 def _weighted_product(c, rows, grads): # (M, B), A, G -> (M, o, i)
     return ((c.to(rows.dtype)[..., None, None] * grads).flatten(1, 2).mT @ rows.flatten(1, 2)).float()
@@ -71,8 +79,8 @@ def _weighted(each, c): # (M, B, ...), (M, B) -> (M, ...)
 # %% ../nbs/21_dp.ipynb #3d31b42d
 def ghost_is_cheaper(length: int, i: int, o: int # L, inputs, outputs of a layer
                     ) -> bool: # False: form the gradients
-    "Whether rows and output gradients, in the precision that Gram matrices need, are fewer numbers than the gradient."
-    return (1 + (length > 1)) * length * (i + o) < i * o
+    "Whether rows and output gradients, four times over if in float64, are fewer numbers than the gradient."
+    return (4 if length > 1 else 1) * length * (i + o) < i * o
 
 # %% ../nbs/21_dp.ipynb #6c625f39
 def linear_rows(layer, x: torch.Tensor, # (M*B, ..., i) input
@@ -107,7 +115,8 @@ def _weight_sums(layer, rows, grads): # squared norms (M, B), function of factor
     way = ghost if ghost_is_cheaper(rows.shape[2], rows.shape[3], grads.shape[3]) else direct
     squares, total = way(rows, grads)
     if len(shape) == 3: return squares, total
-    return squares.unflatten(0, (m, groups)).sum(1), lambda c: _as_kernel(total(c.repeat_interleave(groups, 0)), shape)
+    kernel = lambda c: _as_kernel(total(c.repeat_interleave(groups, 0)), shape)
+    return squares.unflatten(0, (m, groups)).sum(1), kernel
 
 # %% ../nbs/21_dp.ipynb #d4c40e16
 def _by_group(t, k, groups): # (M, B, L, k * channels) -> (M * groups, B, L, k * channels of a group)
@@ -169,25 +178,29 @@ PARTS = {StackedLinear: matrix_parts, StackedConv2d: matrix_parts, StackedGroupN
 _LARGE = 1e3 # more than scaled inputs and the weights of a network in good health reach
 
 def _cause(sample, weights): # one input; the weights of one model -> advice
-    size, reach = float(sample.abs().max()), float(torch.stack([w.abs().max().float() for w in weights]).max())
+    largest = lambda tensors: float(torch.stack([t.abs().max().float() for t in tensors]).max())
+    size, reach = largest([sample]), largest(weights)
     advice = []
     if not size <= _LARGE:
-        advice.append(f'its input reaches {size:.3g}: scale the training inputs (StandardScaler; images to [0, 1]) and replace fill values')
+        advice.append(f'its input reaches {size:.3g}: scale the training inputs (StandardScaler; images to '
+                      '[0, 1]) and replace fill values')
     if not reach <= _LARGE: advice.append(f'the weights have reached {reach:.3g}: try a smaller lr')
-    return '; '.join(advice) or (f'neither its input nor the weights are large (at most {size:.3g} and {reach:.3g}): look for a layer or '
-                                 'loss that divides, takes roots, logarithms or exponentials')
+    if advice: return '; '.join(advice)
+    return (f'neither its input nor the weights are large (at most {size:.3g} and {reach:.3g}): '
+            'look for a layer or loss that divides, takes roots, logarithms or exponentials')
 
 # %% ../nbs/21_dp.ipynb #b68873ed
 def check_finite(norms: torch.Tensor, # (M, B)
                  models, step, # to name in the message
-                 stack: Stack = None, x: torch.Tensor = None # the networks and their inputs (M, B, ...), to look for the cause
+                 stack: Stack = None, x: torch.Tensor = None # networks and their inputs, to find the cause
                 ) -> None: # or ValueError
     "Stop at the first gradient that is NaN or infinite, and say whether inputs or weights are the cause."
     bad = (~torch.isfinite(norms)).nonzero()
     if len(bad):
         m, b = bad[0].tolist()
         advice = '' if x is None else '; ' + _cause(x[m, b], [w[m] for w in state(stack).values()])
-        raise ValueError(f'the gradient of model {m if models is None else list(models)[m]} at step {step} is NaN or infinite '
+        model = m if models is None else list(models)[m]
+        raise ValueError(f'the gradient of model {model} at step {step} is NaN or infinite '
                          f'({len(bad)} samples, the first is number {b} of its batch){advice}')
 
 # %% ../nbs/21_dp.ipynb #7b502c2e
@@ -197,13 +210,14 @@ def clipped_sum(stack: Stack, x, y, loss, # as in `record`
                ) -> torch.Tensor: # (M, B) norms before clipping, never too small
     """Write the sum of the clipped per-sample gradients to the stack's gradient.
 
-    What one sample adds has a norm of at most C, up to float32 rounding (Abadi et al. 2016, Algorithm 1, lines 6 to 8).
+    What one sample adds has a norm of at most C, up to float32 rounding (Abadi et al. 2016, Algorithm 1).
     ValueError if a gradient is NaN or infinite; or if no layer takes part that has weights."""
     found = record(stack, x, y, loss)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        parts = [part for layer, calls in found.items() for part in PARTS[type(layer)](layer, calls, stack.n_models)]
+        parts = [p for layer, uses in found.items() for p in PARTS[type(layer)](layer, uses, stack.n_models)]
         norms = sum(squares for _, squares, _ in parts).sqrt()
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()): check_finite(norms, models, step, stack, x)
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured: check_finite(norms, models, step, stack, x)
         factors = clip_factors(norms, max_grad_norm).float()
         stack.flat.grad.zero_()
         for parameter, _, total in parts: parameter.grad.copy_(total(factors))
@@ -232,13 +246,13 @@ def check_layers(module: nn.Module # a network, or the stacked module of a `Stac
             raise ValueError(_no_batch_norm(where, layer))
         if not (layer._parameters or layer._buffers): continue
         if not _supported(layer):
-            raise ValueError(f'{where} is not supported by DPSGD: weights may be in nn.Linear, nn.Conv2d (dilation=1, zero '
-                             'padding) and nn.GroupNorm')
-        if not name: raise ValueError(f'{where} is the whole network; DPSGD needs it inside a module: nn.Sequential(layer)')
+            raise ValueError(f'{where} is not supported by DPSGD: weights may be in nn.Linear, nn.GroupNorm '
+                             'and nn.Conv2d (dilation=1, zero padding)')
+        if not name: raise ValueError(f'{where} is the whole network; put it inside nn.Sequential(layer)')
         for p in layer._parameters.values():
             if p is not None and owners.setdefault(p, name) != name:
-                raise ValueError(f'{where} shares a parameter with layer {owners[p]!r}; DPSGD supports a layer used twice, '
-                                 'not two layers with one parameter')
+                raise ValueError(f'{where} shares a parameter with layer {owners[p]!r}; DPSGD supports a '
+                                 'layer used twice, not two layers with one parameter')
 
 def _supported(layer):
     layer = layer if type(layer) in PARTS else stacked_layer(layer)
@@ -247,13 +261,14 @@ def _supported(layer):
 # %% ../nbs/21_dp.ipynb #b4130668
 def _no_batch_norm(where, layer):
     c = getattr(layer, 'num_features', None) or layer.running_mean.shape[-1]
-    return (f'{where} mixes the samples of a batch, so DP-SGD has no per-sample gradient to clip; use '
-            f"nn.GroupNorm({max(1, c // 4)}, {c}) in its place (the networks in rab_nb.models take norm='group')")
+    twin = f'nn.GroupNorm({max(1, c // 4)}, {c})'
+    return (f'{where} mixes the samples of a batch, so DP-SGD has no per-sample gradient to clip; use {twin} '
+            "in its place (the networks in rab_nb.models take norm='group')")
 
 # %% ../nbs/21_dp.ipynb #c5f2af1a
 def _needs_opacus(what):
     try: import opacus
-    except ImportError as error: raise ImportError(f'{what} needs the package opacus: pip install opacus') from error
+    except ImportError as e: raise ImportError(f'{what} needs the package opacus: pip install opacus') from e
     return opacus
 
 def _row_major(layer, args): return tuple(a.contiguous() for a in args)
@@ -273,14 +288,16 @@ def opacus_gradient(dp, stack: Stack, x, y, loss, generators, batch_size, models
         module.to_standard_module()
         for hook in hooks: hook.remove()
 
+# %% ../nbs/21_dp.ipynb #d4c40e25
 def _opacus_step(opacus, dp, stack, x, y, loss, generator, batch_size, models, step):
     outputs = stack(x)
     with torch.autocast(x.device.type, enabled=False), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         loss(outputs, y).mean().backward()
     sgd = torch.optim.SGD(stack.module.parameters(), lr=0.)
-    sgd = opacus.optimizers.DPOptimizer(sgd, noise_multiplier=dp.noise_multiplier, max_grad_norm=dp.max_grad_norm,
-                                        expected_batch_size=batch_size, generator=generator)
+    sgd = opacus.optimizers.DPOptimizer(
+        sgd, noise_multiplier=dp.noise_multiplier, max_grad_norm=dp.max_grad_norm,
+        expected_batch_size=batch_size, generator=generator)
     squares = sum(_square_norms(each[None]) for each in sgd.grad_samples)
     check_finite(squares.sqrt(), models, step, stack, x)
     views = {p: p.grad for p in sgd.params}
@@ -289,12 +306,14 @@ def _opacus_step(opacus, dp, stack, x, y, loss, generator, batch_size, models, s
 
 # %% ../nbs/21_dp.ipynb #4917583a
 def _check_settings(dp):
-    for name, allowed, ok in ('max_grad_norm', '> 0', lambda v: v > 0), ('noise_multiplier', '>= 0', lambda v: v >= 0):
+    allowed = dict(max_grad_norm=('> 0', lambda v: v > 0), noise_multiplier=('>= 0', lambda v: v >= 0))
+    for name, (words, ok) in allowed.items():
         value = getattr(dp, name)
         if not (math.isfinite(value) and ok(value)):
-            raise ValueError(f'{name} must be a finite number {allowed}, got {value!r}')
+            raise ValueError(f'{name} must be a finite number {words}, got {value!r}')
         object.__setattr__(dp, name, float(value))
-    if dp.engine not in ('ghost', 'opacus'): raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
+    if dp.engine not in ('ghost', 'opacus'):
+        raise ValueError(f"engine must be 'ghost' or 'opacus', got {dp.engine!r}")
 
 # %% ../nbs/21_dp.ipynb #b2be9329
 def _ghost_gradient(dp, stack, x, y, loss, generators, batch_size, models, step):
@@ -309,40 +328,44 @@ def check_samples(stack: Stack, # folded, or plain for Opacus
                   x: torch.Tensor, y: torch.Tensor, loss, # as in `record`
                   engine: str = 'ghost' # whose gradients are examined
                  ) -> None: # or ValueError; the stack's gradient is overwritten
-    """Compare the unclipped sum of three rows' gradients with autograd, row by row, in training and in evaluation.
+    """Compare the unclipped sum of six rows' gradients with autograd, row by row, in training and evaluation.
 
     ValueError if the network mixes the rows of a batch or uses weights outside of their layers."""
-    i, training = torch.arange(3, device=x.device) % x.shape[1], stack.module.training
+    i, training = torch.arange(6, device=x.device) % x.shape[1], stack.module.training
     x = x[:, i].nan_to_num(0., 0., 0.)
-    x = x / x.abs().max().clamp(min=1) + torch.rand(x.shape, generator=generator(0, 'check-samples')).to(x.device)
+    moved = torch.rand(x.shape, generator=generator(0, 'check-samples')).to(x.device)
+    x = x / x.abs().max().clamp(min=1) + moved
     modes = (True, False) if engine == 'ghost' else (True,)
     try:
         with torch.autocast(x.device.type, enabled=False):
             same = all(_row_by_row(stack, x, y[i], loss, engine, mode) for mode in modes)
-    except (RuntimeError, TypeError, IndexError) as e: raise ValueError(f'DPSGD cannot follow this network: {e}') from e
+    except (RuntimeError, TypeError, IndexError) as e:
+        raise ValueError(f'DPSGD cannot follow this network: {e}') from e
     finally: stack.module.train(training)
     if not same:
-        raise ValueError('DPSGD finds other gradients than those of single rows: the network mixes the rows of a batch, uses '
-                         'weights outside of their layers, or draws random numbers other than those of torch')
+        raise ValueError('DPSGD finds other gradients than those of single rows: the network mixes the rows of '
+                         'a batch, uses weights outside of their layers, or draws numbers not from torch')
 
 # %% ../nbs/21_dp.ipynb #d4c40e33
 def _row_by_row(stack, x, y, loss, engine, training): # -> whether the gradients are those of single rows
     stack.module.train(training)
     each, chance = stack.flat.grad, partial(global_stream, 0, 'check-samples', device=x.device)
-    with chance(): _ENGINES[engine](_UNCLIPPED, stack, x, y, loss, [None], 1, None, None)
+    places = torch.arange(1., 1 + len(y), device=x.device) # weights, to notice rows that change their place
+    weighted = lambda outputs, y: places * loss(outputs, y)
+    with chance(): _ENGINES[engine](_UNCLIPPED, stack, x, y, weighted, [None], 1, None, None)
     found = each.clone()
     each.zero_()
     for b in range(len(y)):
-        rows = [b] * len(y) if training else [b]
-        with chance(): loss(stack(x[:, rows]), y[rows])[:, b if training else 0].sum().backward()
+        rows, place = ([b] * len(y), b) if training else ([b], 0)
+        with chance(): (places[b] * loss(stack(x[:, rows]), y[rows])[:, place].sum()).backward()
     return torch.allclose(found, each, rtol=1e-3, atol=1e-4 * float(each.abs().max()))
 
-_UNCLIPPED = SimpleNamespace(max_grad_norm=1e30, noise_multiplier=0.) # more than any gradient of order 1
+_UNCLIPPED = SimpleNamespace(max_grad_norm=1e30, noise_multiplier=0.) # no gradient of order 1 reaches it
 
 # %% ../nbs/21_dp.ipynb #bed6da8c
 @dataclass(frozen=True)
 class DPSGD:
-    "Per-sample clipping and noise for every model of an ensemble (Section 6.2): `RABClassifier(..., dp=DPSGD(5., 4.))`."
+    "Per-sample clipping and noise for every model (Section 6.2): `RABClassifier(..., dp=DPSGD(5., 4.))`."
     max_grad_norm: float # C, > 0
     noise_multiplier: float # standard deviation of the noise in units of C, >= 0
     engine: str = 'ghost' # or 'opacus': the reference, for stacks of one model
@@ -356,10 +379,10 @@ class DPSGD:
         "Refuse a module or batch size that cannot be trained privately, before training."
         check_layers(module)
         if batch_size > n:
-            raise ValueError(f'batch_size must be <= {n}, the number of training points, for DP-SGD; got {batch_size}')
+            raise ValueError(f'batch_size must be <= {n}, the number of rows, for DP-SGD; got {batch_size}')
 
     def gradient(self, stack, x, y, loss, generators, batch_size=None, models=None, step=None):
-        "Write the private gradient to the stack, divided by the nominal `batch_size` also where a batch is smaller."
+        "Write the private gradient to the stack, divided by `batch_size` also where a batch is smaller."
         batch_size = x.shape[1] if batch_size is None else batch_size
         if step in (None, 1): check_layers(stack.module)
         if step == 1: check_samples(stack, x, y, loss, self.engine)
@@ -406,7 +429,7 @@ def epsilon(n: int, # training points
             batch_size: int, epochs: int,
             noise_multiplier: float, # in units of the clipping norm, which itself does not matter
             delta: float = None, # None: 1 / n
-            accountant: str = 'rdp', # 'fixed': batches as here, exact; 'rdp', 'prv': Poisson sampling, by Opacus
+            accountant: str = 'rdp', # 'fixed': batches as here; 'rdp', 'prv' (Opacus): Poisson sampling
             n_models: int = 1 # models that are published, each trained on the same rows
            ) -> float: # epsilon at delta
     "Privacy spent by DP-SGD; 'rdp' and 'prv' hold for Poisson-sampled batches, not for shuffled ones."
@@ -420,7 +443,8 @@ def epsilon(n: int, # training points
 # %% ../nbs/21_dp.ipynb #d0a90491
 def _check_accounting(n, batch_size, epochs, noise_multiplier, delta, accountant, n_models):
     for name, value in dict(n=n, batch_size=batch_size, epochs=epochs, n_models=n_models).items():
-        if not (value >= 1 and value == int(value)): raise ValueError(f'{name} must be a whole number >= 1, got {value!r}')
+        if not (value >= 1 and value == int(value)):
+            raise ValueError(f'{name} must be a whole number >= 1, got {value!r}')
     if batch_size > n: raise ValueError(f'batch_size must be <= n = {n}, got {batch_size}')
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f'noise_multiplier must be a finite number >= 0, got {noise_multiplier!r}')
@@ -436,7 +460,8 @@ PAPER_SETTINGS = { # table, pair: n, batch_size, epochs, C, noise multiplier, N
     (6, 'ImageNet dog/cat'): (20000, 32, 5, 1000., .01, 200),
     (6, 'ImageNet dog/fish'): (10000, 32, 5, 1000., .01, 200)}
 
-def privacy_spent(n: int, batch_size: int, epochs: int, noise_multiplier: float, n_models: int # as in `epsilon`
+def privacy_spent(n: int, batch_size: int, epochs: int, # as in `epsilon`
+                  noise_multiplier: float, n_models: int
                  ) -> dict: # name of a column -> epsilon at delta = 1 / n
     "Epsilon of one model under every accountant, and of the whole ensemble."
     args = n, batch_size, epochs, noise_multiplier

@@ -1,6 +1,7 @@
 "DP-SGD against independent references: brute-force per-sample gradients, opacus.PrivacyEngine, integration; and what it refuses."
 import copy
 import math
+import re
 import sys
 import warnings
 
@@ -10,9 +11,10 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from rab_nb.dp import DPSGD, check_layers, clipped_sum, epsilon, gaussian_epsilon
+from rab_nb.dp import DPSGD, check_layers, check_samples, clipped_sum, epsilon, gaussian_epsilon, ghost
 from rab_nb.ensemble import RABClassifier, TrainSpec, gradient, loss_per_sample, resolved, train_shard
 from rab_nb.models import digits_cnn, mlp, mnist_cnn, preact_resnet, small_resnet
 from rab_nb.noise import GaussianNoise, generator
@@ -85,6 +87,272 @@ def test_one_row_moves_the_sum_by_at_most_C(precision):
     for gone in range(6):
         moved = (everyone - total([i for i in range(6) if i != gone])).norm()
         assert moved < .5 * (1 + 1e-3) if precision == 'float32' else moved < .5 * 1.1
+
+
+class Views(nn.Module):
+    "A linear layer that sees two views of an input; the network goes on with their difference."
+    def __init__(self, d=30, width=20, n_outputs=1):
+        super().__init__()
+        self.shared, self.head = nn.Linear(d, width), nn.Linear(width, n_outputs)
+
+    def forward(self, x):
+        a, b = x.flatten(1).chunk(2, 1)
+        return self.head((self.shared(a) - self.shared(b)).tanh())
+
+
+class Tokens(nn.Module):
+    "Linear layers on five tokens, the same group norm twice."
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.outer, self.head = nn.Linear(12, 40), nn.GroupNorm(4, 40), nn.Linear(40, 40), nn.Linear(40, 3)
+
+    def forward(self, x):
+        x = self.norm(self.inner(x.reshape(len(x), 5, 12)).mT).relu()
+        return self.head(self.norm(self.outer(x.mT).mT).mean(2))
+
+
+class Deep(nn.Module):
+    "Many channels, few positions: kernels larger than their windows."
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.head = nn.Conv2d(1, 30, 3), nn.Conv2d(30, 40, 2, bias=False), nn.Linear(40, 2)
+
+    def forward(self, x): return self.head(self.conv(self.first(x.reshape(len(x), 1, 6, 10)[:, :, :5, :4]))[:, :, :2, :2].mean((2, 3)))
+
+
+NETS = dict(
+    convolutions=lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8), nn.ReLU(),
+                                       nn.Conv2d(8, 12, (2, 3), padding=(1, 2), groups=4), nn.Tanh(), nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+                                       nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 1)),
+    normalised=lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 16, 3), nn.GroupNorm(4, 16), nn.Flatten(), nn.Linear(16 * 4 * 8, 2)),
+    views=Views, tokens=Tokens, deep=Deep,
+    layers=lambda: nn.Sequential(nn.Flatten(), nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 3)))
+SCALES = [(a, o) for a in (1e-4, 1., 1e3, 1e6) for o in (0., 1e-4, 1., 1e2, 1e4, 1e6)]
+
+
+def outputs_of(net): return 2 if list(net.parameters())[-1].shape[0] == 1 else list(net.parameters())[-1].shape[0]
+
+
+def inputs(seed, amplitude, offset, n):
+    draw = torch.Generator().manual_seed(seed)
+    return amplitude * torch.randn(n, 60, generator=draw) + offset * torch.randn(n, 1, generator=draw).sign(), draw
+
+
+def rows_in_float64(net, x, y):
+    "Gradients of the rows, one by one, by autograd in float64: (n, parameters)."
+    net, each = copy.deepcopy(net).double(), []
+    for xb, yb in zip(x.double(), y):
+        net.zero_grad()
+        z = net(xb[None])
+        z = torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+        (-z.log_softmax(1)[0, yb]).backward()
+        each.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    return torch.stack(each)
+
+
+@pytest.mark.parametrize('engine', ['ghost', 'opacus'])
+@pytest.mark.parametrize('name', NETS)
+def test_no_single_sample_pulls_harder_than_C(name, engine):
+    if engine == 'opacus': pytest.importorskip('opacus')
+    torch.manual_seed(0)
+    net, C, reached = NETS[name](), 1e-3, 0
+    stack = Stack(net, folded=engine == 'ghost')
+    for k, (amplitude, offset) in enumerate(SCALES):
+        x, draw = inputs(k, amplitude, offset, 4 if engine == 'ghost' else 2)
+        y = torch.randint(0, outputs_of(net), (len(x),), generator=draw)
+        for b in range(len(x)):
+            DPSGD(C, 0., engine).gradient(stack, x[None, b:b+1], y[b:b+1], loss_per_sample, [None], 1, step=2)
+            pull = float(stack.flat.grad.double().norm()) / C
+            assert pull <= 1 + 1e-5, (amplitude, offset, pull)
+            reached += pull > .99
+    assert reached > 20  # clipping had something to do
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_norms_and_sums_are_those_of_float64(name):
+    torch.manual_seed(0)
+    net = NETS[name]()
+    for k, (amplitude, offset) in enumerate([(1e-4, 0.), (1., 0.), (1., 10.), (30., 1.)]):
+        x, draw = inputs(k, amplitude, offset, 8)
+        y = torch.randint(0, outputs_of(net), (8,), generator=draw)
+        each = rows_in_float64(net, x, y)
+        stack, C = Stack(net, 2, folded=True), float(each.norm(dim=1).median())
+        norms = clipped_sum(stack, torch.stack([x, x.flip(0)]), y, loss_per_sample, C)[0].double()
+        torch.testing.assert_close(norms, each.norm(dim=1), rtol=1e-4, atol=1e-7)
+        expected = ((C / each.norm(dim=1)).clamp(max=1)[:, None] * each).sum(0)
+        found = torch.cat([w.grad[0].flatten() for w in stack.weights.values()]).double()
+        assert (found - expected).norm() < 2e-4 * C
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(NETS)), amplitude=st.floats(-4, 6), offset=st.floats(-4, 6), C=st.floats(-6, 3),
+       m=st.integers(1, 3), spread_of_rows=st.floats(0, 4))
+def test_pulls_at_random_scales(seed, name, amplitude, offset, C, m, spread_of_rows):
+    torch.manual_seed(seed)
+    net, C = NETS[name](), 10**C
+    stack = spread(Stack(net, m, folded=True), seed)
+    x, draw = inputs(seed, 10**amplitude, 10**offset, m * 3)
+    x = (x * 10**(spread_of_rows * torch.rand(m * 3, 1, generator=draw))).unflatten(0, (m, 3))
+    y = torch.randint(0, outputs_of(net), (3,), generator=draw)
+    def total(weights):  # of the samples' losses: the batch, and with it rounding in the network, stays the same
+        clipped_sum(stack, x, y, lambda outputs, y: weights * loss_per_sample(outputs, y), C)
+        return torch.cat([w.grad.flatten(1) for w in stack.weights.values()], 1).double()
+    shares = torch.stack([total(one) for one in torch.eye(3)])
+    assert (shares.norm(dim=2) <= C * (1 + 1e-5)).all()
+    assert ((total(torch.ones(3)) - shares.sum(0)).norm(dim=1) <= 1e-5 * C).all()
+
+
+def test_windows_that_share_an_offset_do_not_cancel_in_the_norm():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 64, 2, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    net[3].requires_grad_(False)
+    stack, signs = Stack(net, 1, folded=True), torch.tensor([1., -1, 1])
+    signs = signs[:, None] * signs
+    for amplitude in (1., 1e2, 1e3, 1e4, 1e6):
+        for _ in range(15):
+            x = torch.randn(1, 1, 64, 3, 3) + amplitude * torch.randn(1, 1, 64, 1, 1) * signs
+            norm = clipped_sum(stack, x, torch.tensor([0]), loss_per_sample, 1e-2)
+            assert float(stack.flat.grad.norm()) <= 1e-2 * (1 + 1e-5)
+            assert torch.isfinite(norm).all()
+
+
+@pytest.mark.parametrize('offset', [0., 1e2, 1e4, 1e6])
+@pytest.mark.parametrize('length, i, o', [(2, 300, 200), (7, 60, 80), (49, 512, 256)])
+def test_ghost_norms_are_never_too_small(offset, length, i, o):
+    torch.manual_seed(0)
+    for difference in (1., 1e-3):  # the gradients of a sample add up to this much
+        rows = offset * torch.randn(2, 3, 1, i) + torch.randn(2, 3, length, i)
+        grads = torch.randn(2, 3, length, o)
+        grads = grads - (1 - difference) * grads.mean(2, keepdim=True)
+        squares, total = ghost(rows, grads)
+        true = torch.linalg.matrix_norm(grads.mT.double() @ rows.double())
+        assert (squares.sqrt() >= true * (1 - 1e-6)).all()
+        bound = (i + o + length**2) * 2.**-51 * (rows.double().square().sum((2, 3)) * grads.double().square().sum((2, 3)))
+        assert (squares <= true.square() * (1 + 1e-6) + bound).all()
+        one = torch.zeros(2, 3)
+        one[:, 1] = 1
+        formed = grads[:, 1].mT.double() @ rows[:, 1].double()
+        assert (total(one) - formed).norm() <= 1e-6 * formed.norm()
+
+
+def test_bf16_pulls_at_most_C_at_any_scale():
+    torch.manual_seed(0)
+    for name in ('views', 'tokens', 'deep', 'convolutions'):
+        net = NETS[name]()
+        stack = Stack(net, folded=True)
+        for amplitude, offset in ((1., 0.), (1., 1e4), (1e-2, 1e6)):
+            x, _ = inputs(1, amplitude, offset, 1)
+            with torch.autocast('cpu', torch.bfloat16): clipped_sum(stack, x[None], torch.tensor([1]), loss_per_sample, 1e-3)
+            assert float(stack.flat.grad.double().norm()) <= 1e-3 * (1 + 1e-5)
+
+
+class Chance(nn.Module):
+    "What a network may and may not do with the rows of a batch, in one mode or both."
+    def __init__(self, what, when='training'):
+        super().__init__()
+        self.what, self.when, self.layer, self.head = what, when, nn.Linear(20, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1)).relu()
+        if self.training or self.when == 'always': h = getattr(self, self.what)(h)
+        return self.head(h)
+
+    def nothing(self, h): return h
+    def dropout(self, h): return nn.functional.dropout(h, .5)
+    def noise(self, h): return h + torch.randn_like(h)
+    def depth(self, h): return h * (torch.rand(len(h), 1) < .7)
+    def centre(self, h): return h - h.mean(0)
+    def detached(self, h): return h - h.mean(0).detach()
+    def largest(self, h): return h / (1 + h.abs().max())
+    def mixup(self, h): return .7 * h + .3 * h[torch.randperm(len(h))]
+    def shuffle(self, h): return h[torch.randperm(len(h))]
+    def neighbour(self, h): return h + .1 * h.roll(1, 0)
+    def weights(self, h): return h + self.layer.weight.square().sum()
+
+
+@pytest.mark.parametrize('engine', ['ghost', 'opacus'])
+@pytest.mark.parametrize('what, fine', [('nothing', True), ('dropout', True), ('noise', True), ('depth', True), ('centre', False), ('detached', False), ('largest', False),
+                                        ('mixup', False), ('shuffle', False), ('neighbour', False), ('weights', False)])
+def test_mixing_in_training_is_found_and_chance_is_not_mistaken_for_it(what, fine, engine):
+    if engine == 'opacus': pytest.importorskip('opacus')
+    torch.manual_seed(3)
+    for scale, offset in ((1., 0.), (1e-3, 0.), (1e4, 0.), (1., 1e5)):
+        stack, before = Stack(Chance(what), folded=engine == 'ghost'), torch.get_rng_state()
+        x, y = scale * torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(1)) + offset, torch.tensor([0, 1, 1, 0, 1, 0])
+        first = lambda: DPSGD(1., 0., engine).gradient(stack, x, y, loss_per_sample, [None], step=1)
+        if not fine:
+            with pytest.raises(ValueError, match='other gradients .* mixes the rows'): first()
+        else:
+            check_samples(stack, x, y, loss_per_sample, engine)
+            assert torch.equal(torch.get_rng_state(), before)
+            first()
+        assert stack.module.training
+
+
+def test_one_row_and_equal_rows_still_show_mixing():
+    y = torch.tensor([1])
+    for x in (torch.ones(1, 1, 20), torch.ones(1, 6, 20), torch.full((1, 2, 20), math.nan)):
+        with pytest.raises(ValueError, match='mixes the rows'): check_samples(Stack(Chance('centre'), folded=True), x, y.expand(x.shape[1]), loss_per_sample)
+        check_samples(Stack(Chance('dropout'), folded=True), x, y.expand(x.shape[1]), loss_per_sample)
+
+
+@pytest.mark.parametrize('what, message', [('centre', 'mixes the rows'), ('dropout', None)])
+def test_the_ensemble_refuses_mixing_in_training(data, what, message):
+    x, y = data
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), Chance(what))
+    clf = RABClassifier(module, GaussianNoise(.3), 2, 1, 20, 5e-3, dp=DPSGD(1., .1), device='cpu', stack=1)
+    if message is None: clf.fit(x, y)
+    else:
+        with pytest.raises(ValueError, match=message): clf.fit(x, y)
+
+
+@pytest.mark.parametrize('engine', ['ghost', 'opacus'])
+def test_the_message_blames_inputs_or_learning_rate_but_not_the_wrong_one(data, engine):
+    if engine == 'opacus': pytest.importorskip('opacus')
+    x, y = (torch.from_numpy(t) for t in data)
+    def error(x, scale_of_weights=1., step=2):
+        stack = Stack(digits_cnn(), folded=engine == 'ghost')
+        with torch.no_grad(): stack.flat *= scale_of_weights
+        with pytest.raises(ValueError, match='is NaN or infinite') as e:
+            DPSGD(1., 0., engine).gradient(stack, x[None, :5], y[:5], loss_per_sample, [None], 5, step=step)
+        return str(e.value)
+    for value in (math.nan, math.inf, 3e38, 1e30):
+        bad = x.clone()
+        bad[2:4, 0, 3, 3] = value  # rows of either label: of one, the loss is 0
+        assert re.search('number [23] of its batch', error(bad)) and 'scale the training inputs' in error(bad) and 'lr' not in error(bad)
+    assert 'scale the training inputs' in error(x * 1e37, step=1) and 'lr' not in error(x * 1e37, step=1)
+    for factor in (1e25, math.nan): assert 'smaller lr' in error(x, factor) and 'input' not in error(x, factor)
+    both = error(x * 1e30, 1e25)
+    assert 'scale the training inputs' in both and 'smaller lr' in both
+
+
+def test_a_learning_rate_that_is_too_large_is_named(data):
+    x, y = data
+    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=20, batch_size=20, lr=1e20, dp=DPSGD(1., 1.), device='cpu', stack=2, precision='float32')
+    with pytest.raises(ValueError, match='smaller lr') as e: train_shard(spec, x, y, dict(e=x[:2]), [0])
+    assert 'input' not in str(e.value)
+
+
+def test_a_loss_that_overflows_by_itself_blames_neither(data):
+    x, y = (torch.from_numpy(t) for t in data)
+    loss = lambda outputs, y: loss_per_sample(outputs, y) / 0.
+    with pytest.raises(ValueError, match='neither its input nor the weights are large') as e: clipped_sum(Stack(digits_cnn(), folded=True), x[None, :3], y[:3], loss, 1.)
+    assert 'lr' not in str(e.value)
+
+
+def test_a_step_looks_at_the_numbers_once(data):
+    class Looks(TorchDispatchMode):
+        "Operators whose result the host has to wait for."
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            if f.overloadpacket.__name__ in ('nonzero', '_local_scalar_dense', 'item', 'equal', 'is_nonzero'): seen.append(f)
+            return f(*args, **kwargs or {})
+    x, y = (torch.from_numpy(t) for t in data)
+    for net in (digits_cnn(), nn.Sequential(nn.Flatten(), Tokens())):
+        seen, stack, dp = [], Stack(net, 2, folded=True), DPSGD(1., 1.)
+        rows = torch.stack([x[:6], x[6:12]]).flatten(2)[..., :60] if isinstance(net[0], nn.Flatten) else torch.stack([x[:6], x[6:12]])
+        draws = [generator(0, 'dp-noise', k, 2) for k in range(2)]
+        with Looks(): dp.gradient(stack, rows, y[:6], loss_per_sample, draws, 6, step=2)
+        assert [f.overloadpacket.__name__ for f in seen] == ['nonzero']
 
 
 def train_with_opacus(net, X, y, C, batch_size, make, lr):
