@@ -343,8 +343,8 @@ def check_samples(stack: Stack, # folded, or plain for Opacus
         raise ValueError(f'DPSGD cannot follow this network: {e}') from e
     finally: stack.module.train(training)
     if not same:
-        raise ValueError('DPSGD finds other gradients than those of single rows: the network mixes the rows of '
-                         'a batch, uses weights outside of their layers, or draws numbers not from torch')
+        raise ValueError('DPSGD finds other gradients than those of single rows: the network mixes the rows '
+                         'of a batch, uses weights outside of their layers, or draws numbers not from torch')
 
 # %% ../nbs/21_dp.ipynb #d4c40e33
 def _row_by_row(stack, x, y, loss, engine, training): # -> whether the gradients are those of single rows
