@@ -23,17 +23,18 @@ from . import theory
 def _address(seed, purpose, index): # as in `stream`
     try: first, *others = [int(operator.index(i)) for i in (seed, *index)]
     except TypeError:
-        raise ValueError(f'seed and index of a stream must be whole numbers, got {seed!r} and {index!r}') from None
+        found = f'got {seed!r} and {index!r}'
+        raise ValueError(f'seed and index of a stream must be whole numbers, {found}') from None
     return repr((first, str(purpose), *others)).encode()
 
 def stream(seed: int, # any integer, the user's `random_state`
            purpose: str, # what the draw is for: 'train-noise', 'init', 'batches' ...
            *index: int # which one: model number, epoch, row
           ) -> int: # below 2^63
-    """One integer for the stream named by (`seed`, `purpose`, `index`): 63 bits of its SHA-256, the same on every machine.
+    """One integer for the stream named by (`seed`, `purpose`, `index`), 63 bits of its SHA-256.
 
-    It names a stream, for a log or a file. Draw from `generator`, `rng` or `global_stream`: torch.manual_seed would keep
-    32 of the bits. ValueError if `seed` or `index` are not whole numbers."""
+    It names a stream, for a log or a file. Draw from `generator`, `rng` or `global_stream`: torch.manual_seed
+    would keep 32 of the bits. ValueError if `seed` or `index` are not whole numbers."""
     return int.from_bytes(hashlib.sha256(_address(seed, purpose, index)).digest()[:8], 'little') >> 1
 
 # %% ../nbs/01_noise.ipynb #a1c40e05
@@ -44,7 +45,8 @@ def _words(address: bytes, # the name of a stream
     return np.frombuffer(hashlib.shake_256(address).digest(4 * n), '<u4')
 
 # %% ../nbs/01_noise.ipynb #a1c40e09
-_TWISTER = np.dtype([('seed', 'u8'), ('left', 'i4'), ('seeded', 'i4'), ('next', 'u8'), ('words', 'u8', 624), ('normals', 'u1', 40)])
+_TWISTER = np.dtype([('seed', 'u8'), ('left', 'i4'), ('seeded', 'i4'), ('next', 'u8'),
+                     ('words', 'u8', 624), ('normals', 'u1', 40)])
 
 def _twister_state(seed: int, # what `initial_seed` will report, below 2^64
                    words # (624,) unsigned, 32 bits each
@@ -58,11 +60,13 @@ def _twister_state(seed: int, # what `initial_seed` will report, below 2^64
 @cache
 def _check_twister() -> None:
     "RuntimeError where this version of torch arranges its CPU generator in another way."
-    theirs, ours = torch.Generator().manual_seed(5489).get_state(), _twister_state(5489, np.random.RandomState(5489).get_state()[1])
+    words = np.random.RandomState(5489).get_state()[1]
+    theirs, ours = torch.Generator().manual_seed(5489).get_state(), _twister_state(5489, words)
     used = len(ours) - _TWISTER['normals'].itemsize
     if len(theirs) != len(ours) or not torch.equal(theirs[:used], ours[:used]):
-        raise RuntimeError(f'torch {torch.__version__} keeps the state of its CPU generator in another layout than rab_nb knows, '
-                           'so that no stream can be drawn in full; use a version of torch that rab_nb was tested with (constraints.txt)')
+        raise RuntimeError(f'torch {torch.__version__} keeps the state of its CPU generator in another '
+                           'layout than rab_nb knows, so that no stream can be drawn in full; use a version '
+                           'of torch that rab_nb was tested with (constraints.txt)')
 
 # %% ../nbs/01_noise.ipynb #a1c40e14
 def _philox_offset(words # (2,) unsigned, 32 bits each
@@ -76,8 +80,8 @@ def generator(seed: int, purpose: str, *index: int, # see `stream`
              ) -> torch.Generator: # independent of torch's global state
     """A torch generator on the stream named by (`seed`, `purpose`, `index`), at the start of it.
 
-    On a CPU its whole state follows from the address, on a GPU key and counter do; `initial_seed` is `stream`.
-    The numbers repeat on processors of the same kind; GPUs and CPUs have different ones. Errors as in `stream`."""
+    On a CPU its whole state follows from the address, on a GPU key and counter. `initial_seed` is `stream`.
+    Numbers repeat on processors of one kind; GPUs and CPUs have different ones. Errors as in `stream`."""
     address, start = _address(seed, purpose, index), torch.Generator(device)
     if start.device.type == 'cpu':
         _check_twister()
@@ -97,10 +101,11 @@ def rng(seed: int, purpose: str, *index: int # see `stream`
 def global_stream(seed: int, purpose: str, *index: int, # see `stream`
                   device='cpu' # 'cuda', 'cuda:1' ...: this GPU's generator too
                  ):
-    """Put torch's global generator at the start of the stream named by (`seed`, `purpose`, `index`) within a `with` block.
+    """Put torch's global generator at the start of the stream named by (`seed`, `purpose`, `index`).
 
-    For what draws without a generator: nn.init, dropout, torch.rand without one. The CPU's generator is always set, that
-    of a GPU where `device` names it; both go on afterwards as if nothing had been drawn. Errors as in `stream`."""
+    A context manager for what draws without a generator: nn.init, dropout, torch.rand without one. The CPU's
+    generator is always set, that of a GPU where `device` names it; both go on afterwards as if nothing had
+    been drawn. Errors as in `stream`."""
     state, device = generator(seed, purpose, *index).get_state(), torch.device(device)
     gpu = [device] if device.type == 'cuda' else []
     with torch.random.fork_rng(devices=gpu):
@@ -112,7 +117,8 @@ def global_stream(seed: int, purpose: str, *index: int, # see `stream`
 def set_floats(noise, **values):
     "Store finite floats on a frozen dataclass, or ValueError."
     for name, value in values.items():
-        if not isinstance(value, (int, float, np.number)) or not np.isfinite(value): raise ValueError(f'{name} must be a finite number, got {value!r}')
+        if not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+            raise ValueError(f'{name} must be a finite number, got {value!r}')
         object.__setattr__(noise, name, float(value))
 
 def set_interval(noise, **ends):
@@ -126,6 +132,7 @@ def set_scale(noise, **value):
     (name, x), = value.items()
     if x <= 0: raise ValueError(f'{name} must be > 0, got {x!r}')
 
+# %% ../nbs/01_noise.ipynb #a1c40e33
 def product_law(family, # name of a scipy.stats family
                 patterns, # their entries shift the noise, any shape
                 low, scale # `loc` without a pattern, and `scale`
@@ -167,16 +174,16 @@ class GaussianNoise:
 # %% ../nbs/01_noise.ipynb #ff2b3f8b
 @dataclass(frozen=True)
 class UniformNoise:
-    "Noise uniform on [a, b]^d, certified by Corollaries 3 and 4; the radius bounds each pattern's largest entry."
+    "Noise uniform on [a, b]^d (Corollaries 3 and 4); the radius bounds each pattern's largest entry."
     a: float # lower end, in the units of the features
     b: float # upper end, > a
     norm = 'linf'
-
     def __post_init__(self): set_interval(self, a=self.a, b=self.b)
 
     def sample(self, shape, generator: torch.Generator) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device."
-        return torch.rand(shape, generator=generator, device=generator.device).mul_(self.b - self.a).add_(self.a)
+        unit = torch.rand(shape, generator=generator, device=generator.device)
+        return unit.mul_(self.b - self.a).add_(self.a)
 
     def radius(self, p_a, p_b, log_q_a=None, log_p_b=None, d=None, n_poisoned=None) -> np.ndarray:
         "Certified l-infinity norm of each of `n_poisoned` patterns with `d` entries, (30)."
@@ -200,15 +207,17 @@ class UniformNoise:
 def linf_radius(noise, p_a, p_b, d, n_poisoned, unknown=False): # see UniformNoise.radius; nan where `unknown`
     "(30), or ValueError where the size of the attack is not given."
     if d is None or n_poisoned is None:
-        raise ValueError(f'the radius of {noise} depends on d (entries of one input) and n_poisoned (poisoned rows): pass both, '
-                         f'or use certifies(patterns, p_a, p_b); got d={d}, n_poisoned={n_poisoned}')
+        raise ValueError(f'the radius of {noise} depends on d (entries of one input) and n_poisoned '
+                         '(poisoned rows): pass both, or use certifies(patterns, p_a, p_b); '
+                         f'got d={d}, n_poisoned={n_poisoned}')
     p_a, p_b = np.where(unknown, 1., p_a), np.where(unknown, 0., p_b)
     radius = theory.uniform_linf_radius(p_a, p_b, noise.a, noise.b, d, n_poisoned)
     return np.where(unknown, np.nan, radius)[()]
 
 def box_certifies(noise, patterns, p_a, p_b): # see UniformNoise.certifies
     "(27), or ValueError for norms in the place of patterns."
-    if np.ndim(patterns) < 2: raise ValueError(f'patterns must be rows x features, not norms; got shape {np.shape(patterns)}')
+    if np.ndim(patterns) < 2:
+        raise ValueError(f'patterns must be rows x features, not norms; got shape {np.shape(patterns)}')
     return theory.uniform_certifies(patterns, p_a, p_b, noise.a, noise.b)
 
 # %% ../nbs/01_noise.ipynb #80f28a58
@@ -252,4 +261,5 @@ def noise_from_repr(text: str): # e.g. "GaussianNoise(sigma=1.0)"
         fields = dict(pair.split('=') for pair in found[2].replace(' ', '').split(','))
         return known[found[1]](**{name: float(value) for name, value in fields.items()})
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f'{text!r} is not the repr of a noise; known: {sorted(known)}, e.g. {GaussianNoise(1.)!r}') from error
+        example = f'known: {sorted(known)}, e.g. {GaussianNoise(1.)!r}'
+        raise ValueError(f'{text!r} is not the repr of a noise; {example}') from error

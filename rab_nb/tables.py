@@ -531,6 +531,7 @@ def finished_rows(table: TableSpec, profile: dict, # its axes; see `load_profile
     read = finished_knn if table.model == '1nn' else finished_ensemble
     return [f for row, group in wanted.items() if (f := read(row, group, profile, blocks))]
 
+# %% ../nbs/31_tables.ipynb #6b1f0008
 def complete(settings: list, # of runs
              statistics, # file of blocks; None: the local store
              n_jobs: int | None = None # worker processes; None: one per CPU or GPU

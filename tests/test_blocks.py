@@ -275,7 +275,7 @@ def test_no_shard_starts_that_would_not_end_in_time(tmp_path, asked):
     out = runs.run_all([one], tmp_path / 'store', 1, device='cpu', progress=False,
                        statistics=tmp_path / 'kept', until=time.monotonic() - 1)
     assert asked == [] and store.read_blocks(tmp_path / 'kept') == [] and len(out[0].missing()) == 12
-    deadline = runs.Deadline(time.monotonic() + 2)
+    deadline = runs.Deadline(time.monotonic() + 3)
     deadline.note(runs.Job(out[0], range(5)), 1.5)
     assert deadline.allows(out[0], range(5)) and not deadline.allows(out[0], range(10))
 
