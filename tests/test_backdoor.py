@@ -132,9 +132,9 @@ def test_files_old_and_new(tmp_path):
     assert Certificate.from_csv(tmp_path / 'c.csv') == c
     plain = certify(OUTPUTS, GaussianNoise(1.), .01)
     plain.to_csv(tmp_path / 'new.csv')
-    frame = pd.read_csv(tmp_path / 'new.csv')
-    frame.drop(columns=['label_noise', 'test_sigma', 'n_train']).to_csv(tmp_path / 'old.csv', index=False)
-    assert Certificate.from_csv(tmp_path / 'old.csv') == Certificate.from_csv(tmp_path / 'new.csv') == plain
+    assert Certificate.from_csv(tmp_path / 'new.csv') == plain
+    assert not {'label_noise', 'test_sigma', 'n_train'} & {*pd.read_csv(tmp_path / 'new.csv')} # the columns of older files
+    assert {'label_noise', 'test_sigma', 'n_train'} <= {*pd.read_csv(tmp_path / 'c.csv')}
     text = (tmp_path / 'c.csv').read_text()
     for good, bad in ((',0.6,', ',0.7,'), (',0.25,', ',-1.0,'), (',0.25,', ',nan,'), (',400,', ',-3,'), (',0.6,', ',x,')):
         (tmp_path / 'bad.csv').write_text(text.replace(good, bad))

@@ -230,7 +230,9 @@ def certificates(draw):
                        radius_arguments=arguments,
                        log_q_a=column(log) if draw(st.booleans()) else None, log_p_b=column(log) if draw(st.booleans()) else None,
                        alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])), votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
-                       n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()))
+                       n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()),
+                       label_noise=draw(st.floats(0, .999 - .999 / (last + 1))), n_train=draw(st.none() | st.integers(1, 10**6)),
+                       test_sigma=draw(st.none() | st.floats(1e-300, 1e300)) if isinstance(noise, GaussianNoise) else None)
 
 
 @settings(max_examples=150, deadline=None)
