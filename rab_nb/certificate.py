@@ -239,7 +239,7 @@ def _check_reach(noise, n_classes, label_noise, test_sigma, n_train):
     "What else the smoothing covers, as arguments of a certificate; ValueError where it cannot be."
     most = 1. if n_classes is None else 1 - 1/n_classes
     allowed = f'in [0, {most:.4g}), so that the true label stays the likeliest'
-    fits = lambda v: v == 0 or 0 <= v < 1 and (n_classes is None or v * n_classes < n_classes - 1)
+    fits = lambda v: v == 0 or 0 < v < 1 and (n_classes is None or v * n_classes < n_classes - 1)
     flip = _finite('label_noise', label_noise, allowed, fits)
     sigma = _finite('test_sigma', test_sigma or 0., 'a finite number >= 0, or None', lambda v: v >= 0)
     if sigma and not isinstance(noise, GaussianNoise):
@@ -478,7 +478,7 @@ def _test_norm(c, test_norm):
     "The norm of the mark on the test input, or ValueError."
     mark = np.asarray(test_norm, dtype=float)
     if not (mark >= 0).all(): raise ValueError(f'test_norm must be >= 0, got {test_norm!r}')
-    if c.test_sigma is None and mark.any():
+    if not c.test_sigma and mark.any():
         raise ValueError(f'a mark of norm {mark.max():g} on the test input is not covered: it had no independent Gaussian '
                          'noise there (u from the hash of a trained model is not independent of the training noise)')
     return mark
@@ -625,7 +625,8 @@ def _columns(c):
     evidence = {f.name: getattr(c, f.name) for f in fields(Evidence)}
     classes = len(c.classes) if c.numbered else None if c.classes is None else c.classes.tolist()
     arguments = json.dumps(c.radius_arguments, sort_keys=True, default=lambda v: v.item())
-    evidence |= {k: getattr(c, k) or 0 for k in _REACH}
+    for name in _REACH:
+        if not getattr(c, name): del evidence[name]
     evidence.update(noise=repr(c.noise), radius_arguments=arguments, classes=json.dumps(classes))
     return dict([first, ('label', c.labels), *others]), evidence
 
