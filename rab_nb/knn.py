@@ -162,7 +162,7 @@ def over_bins(w, d: int, window: tuple, p: int, kind: int # (m, n_bins * p) weig
             out[:, a - low:b - low] += w[:, unit] @ table[:, a - first:b - first]
     return out
 
-# %% ../nbs/22_knn.ipynb #926da134
+# %% ../nbs/22_knn.ipynb #926da133
 BEHIND, DEEP = 30., 8. # distance in u from which hazards are added as logarithms, and how many of them
 
 def far_behind(s, y, n_classes: int, d: int, window: tuple # as in `one_nn_integrand`
@@ -194,6 +194,7 @@ def log_rates(s, y, far, d: int, window: tuple # (b, n), (n,), (b, C) bool; as i
     log_h = columns(at, d, *window[:2], window[4], kinds=slice(1, 2))[0]
     return log_sums(log_h, cell[order], part.shape[0]*n_classes)[far[rows].ravel()]
 
+# %% ../nbs/22_knn.ipynb #926da134
 def one_nn_integrand(s, y, n_classes: int, d: int, window: tuple, p: int # as in `bin_moments`, `window`
                     ) -> np.ndarray: # (b, C, J) logarithms, weights of the rule included
     "Log of (sum of hazards of a class) * (probability that no point is nearer), at the nodes of a lattice."
@@ -1073,7 +1074,7 @@ def check_resolution(model, rows, raw, tops, rounding): # positions of the point
     raise ValueError(f'noise of sigma = {sigma:g} is below the rounding error of distances of '
                      f'{tops[k].min()*sigma:.3g}, so the nearest points are not defined; {blame}')
 
-# %% ../nbs/22_knn.ipynb #7a431a5c
+# %% ../nbs/22_knn.ipynb #7a431a5b
 def placed(model, rows, x) -> tuple: # positions, (b, d) checked test points -> raw, centred and scaled, (b,) norms
     "Test points on the device."
     raw = shared(x).to(model._centre.device, torch.float64)
@@ -1097,6 +1098,7 @@ def check_given(model, rows, raw, s, norm, relative): # positions, (b, d), (b, n
         raise ValueError(f'distances say that the nearest training point of row {rows[k]} of X is {said:.6g} away, '
                          f'and the features say {found:.6g}: pass what distances(X) returned for these points')
 
+# %% ../nbs/22_knn.ipynb #7a431a5c
 def block_law(model, x, given=None, rows=None): # (b, d) checked test points; (b, n) their distances, if known; positions
     "Log probabilities and relative errors of one block of test points, each (b, C)."
     rows, relative = range(len(x)) if rows is None else rows, 0.

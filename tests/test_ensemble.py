@@ -671,7 +671,7 @@ NETWORKS = [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)), (mo
 @pytest.mark.parametrize('stack', [1, 3])
 def test_a_step_asks_the_device_for_no_number(make, shape, stack):
     "On the device `meta` there are none."
-    s = spec(module=make, device='meta', precision='float32')
+    s = spec(module=make, precision='float32')
     net, d = ensemble.Stack(make(), stack, 'meta'), int(np.prod(shape))
     slab, targets = torch.zeros(stack * 20, d, device='meta'), torch.zeros(stack * 20, dtype=torch.int64, device='meta')
     step = ensemble.training_step(s, net, shape, range(stack), slab, targets)
