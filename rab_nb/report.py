@@ -587,10 +587,11 @@ def summary_line(page: dict) -> list: # of cells
 def summary(pages: list # of `pages`
            ) -> str: # Markdown
     "The text of results/README.md."
+    lines = [[html.escape(str(cell), quote=False) for cell in summary_line(page)] for page in pages]
     columns = ['profile', 'table', 'rows run', 'verdict against the paper', 'computing time', '']
     return ('# Results\n\nWritten by `make tables`; every number comes from a run. What was computed is in `tableN.safetensors`, '
             'blocks of models that add up; every page is drawn from them, and `rab-nb run --table N --profile cpu` goes on where they end.\n\n'
-            + markdown(columns, [summary_line(page) for page in pages]) + '\n')
+            + markdown(columns, lines) + '\n')
 
 # %% ../nbs/32_report.ipynb #6b670f96
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#222;background:#fff}

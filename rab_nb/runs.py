@@ -76,7 +76,9 @@ def register(name: str, # value of settings['kind']
              named: Callable = dict, # settings -> those that are part of the run's name
              label: Callable = by_kind # (settings, arrays of a shard) -> Label of its blocks
             ) -> None:
-    "Make a kind of run known to this process."
+    "Make a kind of run known to this process; a notebook that runs its own exported cells changes nothing."
+    known = KINDS.get(name)
+    if known and shard.__module__ == '__main__' and known.shard.__module__.startswith('rab_nb.'): return
     KINDS[name] = Kind(shard, environment, named, label)
 
 # %% ../nbs/30_runs.ipynb #0f5f5c22
