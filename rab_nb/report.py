@@ -14,6 +14,7 @@ __all__ = ['ATTACK_NAMES', 'HONEST', 'COLOURS', 'MEANING', 'AXES', 'OF_RUNS', 'S
            'make', 'where', 'parser', 'main']
 
 # %% ../nbs/32_report.ipynb #8987e533
+import html
 import json
 import os
 import re
