@@ -88,7 +88,7 @@ def laws(s, delta, d, width=1/4):
 def winner(votes): return int(np.argmax(votes)) # the smallest label wins a tie
 
 
-def vote(s, delta, y, n_classes, d, k):
+def vote_by_leaving_one_out(s, delta, y, n_classes, d, k):
     "Probabilities (C,) in extended precision: which point is k-th, and how the k - 1 nearer ones are distributed over the classes."
     weight, F, S, g = laws(s, delta, d)
     p = np.zeros(n_classes, LONG)

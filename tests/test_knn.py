@@ -14,9 +14,11 @@ from scipy.stats import ncx2
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
+from knn_oracles import exact_distances, radius, vote_by_leaving_one_out, vote_of_groups, vote_of_many
 from rab_nb import data, knn
 from rab_nb.chi import lattice, log_bessel
 from rab_nb.knn import SmoothedKNNClassifier, every_bucket, window
+from rab_nb.noise import GaussianNoise
 
 torch.set_num_threads(1)
 
@@ -74,6 +76,156 @@ def log_oracle(s, y, k):
     return np.logaddexp.reduce(total, 1) + math.log(u[1] - u[0])
 
 
+def agrees(model, t, p, sigma=1.):
+    "Probabilities within their errors, the radius within 1e-6 of the oracle's and not above it."
+    log_p, error = (a[0] for a in model.log_proba(t))
+    with np.errstate(divide='ignore'): exact = np.log(p).astype(float)
+    some = exact > knn.SMALLEST
+    assert (np.abs(log_p[some] - exact[some]) <= np.log1p(error[some]) + 1e-13*(1 - exact[some])).all()
+    assert (log_p[~some] >= exact[~some]).all() and error[some].max() < 1e-5
+    certificate, exact = model.certify(t), radius(p, sigma)
+    found = certificate.radius[0]
+    assert found <= exact*(1 + 1e-9) and (found >= exact*(1 - 1e-6) - 1e-8*sigma or log_p.min() == knn.SMALLEST)
+    assert found == 0 or certificate.prediction[0] == p.argmax()
+
+
+@pytest.mark.parametrize('d', [2, 3, 20, 784])
+@pytest.mark.parametrize('k', [1, 2, 3, 4, 7])
+@pytest.mark.parametrize('n_classes', [2, 3, 5])
+def test_votes_against_leaving_one_out(d, k, n_classes):
+    rng = np.random.default_rng(k)
+    x, y, t = 2*rng.normal(size=(9, d))/np.sqrt(d), np.arange(9) % n_classes, rng.normal(size=(1, d))/np.sqrt(d)
+    x[7:] = x[0]
+    s, delta = exact_distances(x, t[0], .7, k)
+    agrees(SmoothedKNNClassifier(k, .7).fit(x, y), t, vote_by_leaving_one_out(s, delta, y, n_classes, d, k), .7)
+
+
+GROUPS = { # distances, how many points have them, their classes, number of features
+    'two shells': ([3., 3.05], [750, 750], [0, 1], 5),
+    'image size': ([3., 3.05], [1200, 300], [0, 1], 784),
+    'twenty thousand': ([2., 3., 3.5, 9.], [100, 5000, 5000, 9900], [0, 1, 0, 1], 20),
+    'copies of the test point': ([0., 1., 4.], [300, 300, 1000], [0, 1, 2], 3),
+    'one against all': ([2.5, 2., 3.], [130, 7, 19863], [0, 1, 1], 50),
+    'behind': ([2., 6.], [111, 2000], [0, 1], 3)}
+
+
+@pytest.mark.parametrize('name', GROUPS)
+@pytest.mark.parametrize('k', [1, 2, 3, 5, 15, 29, 31, 41, 51, pytest.param(101, marks=pytest.mark.slow), pytest.param(255, marks=pytest.mark.slow)])
+def test_votes_of_equal_distances(name, k):
+    s, counts, y, d = map(np.array, GROUPS[name])
+    n_classes = y.max() + 1
+    if n_classes > 2 and k > 31: pytest.skip('the oracle takes minutes')
+    model = SmoothedKNNClassifier(k).fit(place(np.repeat(s, counts), d), np.repeat(y, counts))
+    agrees(model, np.zeros((1, d)), vote_of_groups(s, counts, y, n_classes, d, k))
+
+
+@pytest.mark.parametrize('k', [1, 2, 5, 9, pytest.param(15, marks=pytest.mark.slow), pytest.param(31, marks=pytest.mark.slow)])
+def test_votes_of_ten_classes(k):
+    model = SmoothedKNNClassifier(k).fit(place(np.repeat(np.linspace(3, 4, 10), 2000), 50), np.repeat(np.arange(10), 2000))
+    p = vote_of_groups(np.linspace(3, 4, 10), np.full(10, 2000), np.arange(10), 10, 50, k, 1/8)
+    agrees(model, np.zeros((1, 50)), p)
+
+
+@pytest.mark.parametrize('n,k,p,bound', [(1500, 27, .60730062, .27229), (1500, 29, .61015647, .27973), (1500, 31, .61287, .287),
+                                         (1500, 41, .62480, .318), (6000, 31, .62891953, .32899)])
+def test_votes_of_many_neighbours_lose_no_mass(n, k, p, bound):
+    "Two shells of points in random directions; odds of the K-th neighbour are far above the cap that once stood here."
+    z = np.random.default_rng(0).normal(size=(n, 5))
+    z *= np.repeat([3., 3.05], n//2)[:, None] / np.linalg.norm(z, axis=1, keepdims=True)
+    model = SmoothedKNNClassifier(k).fit(z, np.repeat([0, 1], n//2))
+    found = np.exp(model.log_proba(np.zeros((1, 5)))[0][0])
+    assert abs(found[0] - p) < 2e-5 and abs(found.sum() - 1) < 1e-11
+    assert abs(model.certify(np.zeros((1, 5))).radius[0] - bound) < 1e-3
+
+
+@pytest.mark.parametrize('n,d,k,n_classes', [(900, 20, 41, 2), (400, 3, 101, 2), (400, 8, 29, 4), pytest.param(20_000, 784, 101, 2, marks=pytest.mark.slow),
+                                             pytest.param(20_000, 784, 15, 3, marks=pytest.mark.slow), pytest.param(3000, 20, 101, 10, marks=pytest.mark.slow)])
+def test_votes_against_one_point_after_the_other(n, d, k, n_classes):
+    rng = np.random.default_rng(k)
+    x, y = rng.normal(size=(n, d))*3/np.sqrt(d), rng.choice(n_classes, n, p=np.r_[.4, np.full(n_classes - 1, .6/(n_classes - 1))])
+    model = SmoothedKNNClassifier(k).fit(x, y)
+    p = vote_of_many(np.linalg.norm(x, axis=1), y, n_classes, d, k)
+    assert abs(p.sum() - 1) < 1e-9
+    np.testing.assert_allclose(np.exp(model.log_proba(np.zeros((1, d)))[0][0]), p, atol=2e-9)
+    assert radius(p, 1.) - 1e-6 < model.certify(np.zeros((1, d))).radius[0] < radius(p, 1.) + 1e-8
+
+
+def test_votes_in_one_process_and_in_batches_agree():
+    "Test points that share tables, sorted into batches by their distances, and each on its own."
+    rng = np.random.default_rng(5)
+    x, y = np.concatenate([rng.normal(size=(300, 6)), 40 + rng.normal(size=(300, 6))]), rng.integers(0, 3, 600)
+    t = np.concatenate([x[:20], x[300:320], rng.normal(size=(5, 6))*20])
+    for k in (2, 5, 33):
+        model = SmoothedKNNClassifier(k).fit(x, y)
+        together, alone = model.log_proba(t)[0], np.concatenate([model.log_proba(row[None])[0] for row in t])
+        np.testing.assert_allclose(np.exp(together), np.exp(alone), atol=1e-8)
+
+
+def test_too_many_neighbours_are_refused():
+    with pytest.raises(ValueError, match='the limit of this method, 255, got 256'):
+        SmoothedKNNClassifier(256).fit(np.zeros((300, 2)), np.arange(300) % 2)
+
+
+class Losing:
+    "The law of the classifier, with some of the probability of one class lost."
+    def __init__(self, monkeypatch, lost, c):
+        law = knn.law
+        def losing(model, s, tops):
+            log_p, error = law(model, s, tops)
+            log_p[-1, c] = np.log(np.exp(log_p[-1, c]) - lost)
+            return log_p, error
+        monkeypatch.setattr(knn, 'law', losing)
+
+
+SIDES = np.array([[-1.], [-1.1], [9.], [9.2]]), [0, 0, 1, 1], np.array([[0.], [-1.], [-3.]])
+
+
+def test_missing_mass_goes_to_the_runner_up(monkeypatch):
+    x, y, t = SIDES
+    model = SmoothedKNNClassifier(n_jobs=1).fit(x, y)
+    before = model.certify(t)
+    Losing(monkeypatch, 3e-9, 0)
+    after = model.certify(t)
+    assert before.p_b[2] < 1e-15 and 2.8e-9 < after.p_b[2] < 3e-9  # but for the 1e-10 that the winner's own error explains
+    assert after.radius[2] < before.radius[2]/2 and (after.radius[:2] == before.radius[:2]).all()
+    np.testing.assert_allclose(after.p_a[2], 1 - after.p_b[2], rtol=1e-15)
+
+
+def test_much_missing_mass_is_an_error(monkeypatch):
+    x, y, t = SIDES
+    model = SmoothedKNNClassifier(n_jobs=1).fit(x, y)
+    Losing(monkeypatch, .2, 0)
+    for method in ('certify', 'predict_proba', 'predict', 'log_proba'):
+        with pytest.raises(ValueError, match='point 2 add up to 0.8'): getattr(model, method)(t)
+
+
+def test_probabilities_are_not_normalised(monkeypatch):
+    x, y, t = SIDES
+    model = SmoothedKNNClassifier(n_jobs=1).fit(x, y)
+    Losing(monkeypatch, 5e-9, 0)
+    np.testing.assert_allclose(1 - model.predict_proba(t).sum(1), [0, 0, 5e-9], atol=1e-13)
+
+
+@pytest.mark.parametrize('log_b', [-20., -300., -700.])
+@pytest.mark.parametrize('gap', [0., 1e-16, -3e-14, 9e-11])
+def test_rounding_leaves_far_certificates_alone(log_b, gap):
+    noise, log_p = GaussianNoise(.5), np.array([[np.log1p(gap), log_b]])
+    found = knn.certificate_of(log_p, np.full((1, 2), 1e-10), noise).radius[0]
+    with mp.workdps(50): z = float(-mp.findroot(lambda a: mp.log(mp.ncdf(a)) - log_b, -math.sqrt(-2*log_b)))
+    assert .5*z*(1 - 1e-10) < found <= .5*z
+
+
+@pytest.mark.parametrize('error', [np.inf, 1e9])
+def test_an_error_without_bound_abstains(error):
+    certificate = knn.certificate_of(np.log([[.7, .3]]), np.array([[1e-10, error]]), GaussianNoise(1.))
+    assert certificate.radius[0] == 0 and certificate.p_b[0] == 1
+
+
+def test_no_probability_or_nan_is_an_error():
+    for log_p in ([[np.nan, 0.]], [[-np.inf, -np.inf]]):
+        with pytest.raises(ValueError, match='point 0'): knn.certificate_of(np.array(log_p), np.zeros((1, 2)), GaussianNoise(1.))
+
+
 @pytest.mark.parametrize('k,s', [(2, (0, 60, 30, 30)), (2, (0, 60, 42, 42)), (3, (1, 1, 42, 42))])
 def test_a_vote_decided_before_the_kth_neighbours_place(k, s):
     "A rival that needs several points gets them nearer than the k-th neighbour lies without noise."
@@ -106,7 +258,7 @@ def test_quantised_rival_far_behind(far, n_levels=200, d=5):
     np.testing.assert_allclose(model.log_proba(np.zeros((1, d)))[0][0, 1], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize('k,n_classes', [(5, 2), (15, 2), (15, 3), (4, 10)])
+@pytest.mark.parametrize('k,n_classes', [(5, 2), (15, 2), (15, 3), (4, 10), (29, 10), (101, 5)])
 def test_votes_against_monte_carlo(k, n_classes):
     rng = np.random.default_rng(k)
     x, y = rng.normal(size=(300, 12)), rng.integers(0, n_classes, 300)
