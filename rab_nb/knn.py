@@ -1198,7 +1198,7 @@ def certificate_of(log_p, error, # (n, C) logarithms and their relative errors
                   ):
     "Certificate from probabilities rounded to the safe side; a ValueError where probability is missing."
     with np.errstate(divide='ignore'): missing = np.log(missing_mass(log_p, error))
-    upper, top = log_p + np.log1p(error), log_p.argmax(1)
+    upper, top = np.minimum(log_p + np.log1p(error), 0), log_p.argmax(1)
     others = np.where(np.arange(log_p.shape[1]) == top[:, None], -np.inf, upper)
     logs = [np.minimum(np.logaddexp(rivals, missing), 0) for rivals in (log_sum(others), others.max(1))]
     classes = log_p.shape[1] if classes is None else check_classes(classes, log_p.shape[1])

@@ -14,11 +14,11 @@ __all__ = ['ATTACK_NAMES', 'HONEST', 'COLOURS', 'MEANING', 'AXES', 'OF_RUNS', 'S
            'make', 'where', 'parser', 'main']
 
 # %% ../nbs/32_report.ipynb #8987e533
-import html
 import json
 import os
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -575,7 +575,8 @@ def pages(results: Path # folder with a folder per profile
 def summary_line(page: dict) -> list: # of cells
     "A table in one line."
     at, ours = f"{page['profile']}/table{page['number']}", [line for line in page['lines'] if line[0]]
-    title = f"[{page['number']}: {page['title']}]({at}.md)"
+    title = f"{page['number']}: {page['title']}"
+    if 'cost' in page: title = f'[{title}]({at}.md)'
     if 'asked' in page: return [page['asked'], title, '', f"The same runs as in {page['profile']}.", '', '']
     done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)}" + ''.join(f', without {pair}'
                                                                                     for pair in page['not_run'] if 'cost' in page)
@@ -588,7 +589,7 @@ def summary_line(page: dict) -> list: # of cells
 def summary(pages: list # of `pages`
            ) -> str: # Markdown
     "The text of results/README.md."
-    lines = [[html.escape(str(cell), quote=False) for cell in summary_line(page)] for page in pages]
+    lines = [[escape(str(cell), quote=False) for cell in summary_line(page)] for page in pages]
     columns = ['profile', 'table', 'rows run', 'verdict against the paper', 'computing time', '']
     return ('# Results\n\nWritten by `make tables`; every number comes from a run. What was computed is in `tableN.safetensors`, '
             'blocks of models that add up; every page is drawn from them, and `rab-nb run --table N --profile cpu` goes on where they end.\n\n'
