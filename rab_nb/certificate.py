@@ -237,7 +237,7 @@ def _finite(name, value, allowed, ok):
 
 def _check_reach(noise, n_classes, label_noise, test_sigma, n_train):
     "What else the smoothing covers, as arguments of a certificate; ValueError where it cannot be."
-    most = 1. if n_classes is None else 1 - 1/n_classes
+    most = 1. if n_classes is None else 1 - 1/max(n_classes, 1)
     allowed = f'in [0, {most:.4g}), so that the true label stays the likeliest'
     fits = lambda v: v == 0 or 0 < v < 1 and (n_classes is None or v * n_classes < n_classes - 1)
     flip = _finite('label_noise', label_noise, allowed, fits)
