@@ -274,7 +274,8 @@ def check_alike(modules: list # networks that shall become one stack
     for k, other in enumerate(modules[1:], 1):
         if found := _difference(modules[0], other):
             raise ValueError(f'the models of a stack must have one architecture, model {k} has {found}; '
-                             'only the values of parameters and buffers may differ')
+                             'only the values of parameters and buffers may differ; '
+                             'train one model at a time with stack=1')
 
 # %% ../nbs/13_stacked.ipynb #a1c05e0b
 def _modules(module, n_models): # -> list of one module or of M

@@ -702,10 +702,12 @@ UNSTACKABLE = {'LSTM': partial(Recurrent, nn.LSTM), 'GRU': partial(Recurrent, nn
 def test_an_open_stack_falls_back_to_single_models(name):
     fitted, texts = said(network(UNSTACKABLE[name], epochs=3).fit, DIGITS[:100], DIGIT[:100])
     found = [t for t in texts if 'trained one at a time (stack=1 instead of 25)' in t]
-    assert len(found) == 1 and fitted.spec_.stack == 1
+    chance = name in ('dropout always on', 'noise inside')  # models that draw numbers are always trained alone
+    assert len(found) == (not chance) and fitted.spec_.stack == 1
     assert fitted.model_probabilities(DIGITS[:5]).shape == (4, 5, 2)
     alone = network(UNSTACKABLE[name], epochs=3, stack=1).fit(DIGITS[:100], DIGIT[:100])
     assert [g['hashes'] for g in alone.groups_.values()] == [g['hashes'] for g in fitted.groups_.values()]
+    if chance: return
     with pytest.raises(ValueError, match='stack=1'):
         network(UNSTACKABLE[name], stack=2).fit(DIGITS[:100], DIGIT[:100])
     with pytest.warns(UserWarning, match='one at a time'):
