@@ -361,7 +361,7 @@ def solve(s, tops, k: int, d: int, # (b, n) distances, (b, C, k) nearest, neighb
     last = np.maximum(np.where(far, 0, need).max(1), kth)
     u_low, u_high, s_low, s_high = extent(s, d, k, lead, last, kth, *peaks(lead, gap, d, k, s.shape[1], last))
     rows, before = np.flatnonzero(far.sum(1) < need.shape[1] - 1), np.full(len(s), np.inf)
-    if not (s_high[rows].max(initial=0) < FARTHEST): raise ValueError(_too_far(k, s_high[rows].max()))
+    if k > 1 and not s_high[rows].max(initial=0) < FARTHEST: raise ValueError(_too_far(k, s_high[rows].max()))
     for step, detail in levels:
         for grid, j in groups(u_low, u_high, s_low, s_high, rows, step).items():
             part = s if len(j) == len(s) else s[j]
@@ -1108,9 +1108,9 @@ def block_law(model, x, given=None, rows=None): # (b, d) checked test points; (b
         s, relative = torch.as_tensor(given / model.noise_.sigma, dtype=t.dtype, device=t.device), own_rounding(given)
         check_given(model, rows, raw, s, norm, relative)
     tops, spread = settle(model, raw, s, norm, relative)
-    log_p, error = law(model, s, tops)
     rounding = spread[:, None] * sensitivity(tops, model.n_neighbors_, x.shape[1])
     check_resolution(model, rows, raw, tops, rounding)
+    log_p, error = law(model, s, tops)
     return log_p, error + rounding*(error > 0)
 
 def own_rounding(given) -> float:
