@@ -15,11 +15,9 @@ from rab_nb.chi import columns
 from rab_nb.knn import SmoothedKNNClassifier, direct_distances, noiseless_distances, roundings, squares
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:feature.*runs from")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:feature.*runs from")] # oracles in many digits
 N, D = 30, 20
 TRUTH = 2.0488506e-07, 5.06436 # probability of class 0 and radius without any outlier
-
-pytestmark = pytest.mark.slow  # oracles in many digits
 
 
 def clean():
