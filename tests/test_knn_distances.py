@@ -7,6 +7,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
+from scipy.special import ive, logsumexp
 from scipy.stats import ncx2
 from sklearn.datasets import make_moons
 
@@ -148,7 +149,7 @@ def tail_and_density(u, s, d):
     return tail, density*u
 
 
-def one_nn_in_many_digits(s, y, d, low, high, step=1/8):
+def one_nn_in_many_digits(s, y, d, low, high, step=1/4):
     with mp.workdps(40):
         p = [mp.mpf(0)]*(max(y) + 1)
         for k in range(int(low/step), int(high/step)):
@@ -162,8 +163,8 @@ def one_nn_in_many_digits(s, y, d, low, high, step=1/8):
 def test_far_tails_are_within_their_error(d, far):
     "Two leaders, a rival far behind, and a third class behind that."
     s, y = [.25, .5, far, far + 1], [0, 0, 1, 2]
-    middle = (math.sqrt(d) + math.sqrt(d + far**2))/2
-    exact = one_nn_in_many_digits(s, y, d, max(middle - 11, 1), middle + 11)
+    place = math.sqrt(d) + (math.sqrt(d + far**2) - math.sqrt(d))/3 # two must stay away for one to come
+    exact = one_nn_in_many_digits(s, y, d, max(place - 9, .25), place + 9)
     x = np.zeros((4, d))
     x[:, 0] = s
     log_p, error = SmoothedKNNClassifier().fit(x, y).log_proba(np.zeros((1, d)))
@@ -177,13 +178,9 @@ def test_far_tails_are_within_their_error(d, far):
 @pytest.mark.parametrize('leaders', [100, 5000])
 def test_a_rival_behind_many_leaders(d, leaders):
     "Its hazard is below the smallest float64 where it wins, in bins and point by point."
-    far, s = 46., np.full(leaders, 2.)
-    with mp.workdps(40):
-        total = mp.mpf(0)
-        for k in range(16, 16*26):
-            u = mp.mpf(k)/16
-            total += tail_and_density(u, far, d)[1]*tail_and_density(u, 2, d)[0]**leaders/16
-        exact = float(mp.log(total))
+    far, s, nu, u = 46., np.full(leaders, 2.), d/2 - 1, np.arange(1, 20*8192)/8192
+    log_g = (nu + 1)*np.log(u) - nu*math.log(far) - (u - far)**2/2 + np.log(np.maximum(ive(nu, far*u), 1e-300))
+    exact = logsumexp(log_g + leaders*ncx2.logsf(u*u, d, 4)) - math.log(8192)
     x = np.zeros((leaders + 1, d))
     x[:, 0] = np.r_[s, far]
     log_p, error = SmoothedKNNClassifier().fit(x, np.r_[np.zeros(leaders, int), 1]).log_proba(np.zeros((1, d)))
@@ -192,7 +189,7 @@ def test_a_rival_behind_many_leaders(d, leaders):
 
 
 @pytest.mark.parametrize('d', [1, 2, 7, 60, 784])
-@pytest.mark.parametrize('s', [0., .02, .9, 5.3, 40.2, 63.9, 70.7, 400.25, 3e5])
+@pytest.mark.parametrize('s', [0., .02, .9, 5.3, 40.2, 63.9, 70.7, 400.25])
 def test_tables_in_many_digits(d, s):
     "Near the law's own place and 4 below it."
     for at in (-4., 0., 3.):
