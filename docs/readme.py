@@ -45,8 +45,10 @@ def readme(notebook):
             parts.append(from_root(cell.source))
             alt = last_sentence(cell.source)
         else:
-            parts.append('```python\n' + re.sub(r'^#\s*\|.*\n', '', cell.source, flags=re.M) + '\n```')
-            parts += [shown(output, alt, number) for output in cell.outputs]
+            said = re.search(r'^#\s*\|\s*fig-alt:\s*(.*)', cell.source, re.M)
+            if not re.search(r'^#\s*\|\s*echo:\s*false', cell.source, re.M):
+                parts.append('```python\n' + re.sub(r'^#\s*\|.*\n', '', cell.source, flags=re.M) + '\n```')
+            parts += [shown(output, said[1] if said else alt, number) for output in cell.outputs]
     return '\n\n'.join(filter(None, parts)) + '\n'
 
 
