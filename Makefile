@@ -60,7 +60,7 @@ $(addprefix .stamps/$(PROFILE)/table,7 8 9): $(knn_needs) $$(blocks) | $(READY)
 ## ---- tests -----------------------------------------------------------------------------------
 test: $(READY) ## notebooks as tests, then pytest
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	pytest -q
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadscope
 
 test-slow: $(READY) ## the Monte Carlo and real-data checks (minutes; real data where RAB_DATA is set)
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --flags slow --file_re '^\d\d'
