@@ -8,7 +8,8 @@ _ROOMS = dict(
     prediction_accuracy='metrics', certified_rate='metrics', certified_accuracy='metrics',
     clean_accuracy='metrics', attack_success_rate='metrics',
     OnePixel='attacks', FourPixel='attacks', Blending='attacks', poison='attacks',
-    from_arrays='data', from_folder='data')
+    from_arrays='data', from_folder='data',
+    certify_pipeline='evaluation', CertifiedAccuracyScorer='evaluation', CertifiedAccuracyDisplay='evaluation')
 __all__ = ['__version__', *_ROOMS]
 
 

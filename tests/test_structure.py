@@ -12,7 +12,7 @@ NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(p
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == 'experiments']
 ROOMS = [  # upper rooms import lower ones; within a row a room may import those to its right
     'report', 'tables', 'runs', 'store',
-    'defences estimators ensemble knn attacks models',
+    'evaluation defences estimators ensemble knn attacks models',
     'metrics certificate data',
     'dp noise inputs stacked chi bounds theory labels']
 CIRCLE = ('runs', 'tables')  # the command line starts from the tables
