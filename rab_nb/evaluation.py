@@ -60,9 +60,7 @@ class CertifiedAccuracyScorer:
 # %% ../nbs/26_evaluation.ipynb #26ea0031
 @dataclass
 class CertifiedAccuracyDisplay:
-    """Certified accuracy over radii, in the manner of scikit-learn's displays.
-
-    Attributes after `plot`: `ax_`, `figure_`, `line_`."""
+    "Certified accuracy over radii, in the manner of scikit-learn's displays; `plot` sets `ax_`, `figure_`, `line_`."
     radii: np.ndarray # (R,) total norms
     accuracy: np.ndarray # (R,) shares in [0, 1]
     label: str = None # of the curve in the legend
@@ -70,8 +68,8 @@ class CertifiedAccuracyDisplay:
     @classmethod
     def from_certificate(cls, certificate, # Certificate of n points
                          y, # (n,) their true labels
-                         radii=None, # (R,) total norms; None: 200 from 0 to just beyond the largest finite radius
-                         label: str = None, ax=None, # of the curve; axes to draw into, None: new ones
+                         radii=None, # (R,) total norms; None: from 0 to just beyond the largest
+                         label: str = None, ax=None, # of the curve; axes, None: new ones
                          **line # of `Axes.plot`
                         ):
         "Draw the curve of a certificate; errors of `certified_accuracy`."
@@ -88,13 +86,14 @@ class CertifiedAccuracyDisplay:
                        **line # of `Axes.plot`
                       ):
         "Certify, then draw; errors of `certify_pipeline`."
-        label = label if label is not None else type(estimator[-1] if isinstance(estimator, Pipeline) else estimator).__name__
+        last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
+        label = type(last).__name__ if label is None else label
         return cls.from_certificate(certify_pipeline(estimator, X, **settings or {}), y, radii, label, ax, **line)
 
     def plot(self, ax=None, **line): # axes, None: new ones; of `Axes.plot`
         "Draw into the axes; the display, with `ax_`, `figure_` and `line_`."
-        import matplotlib.pyplot as plt
-        if ax is None: _, ax = plt.subplots()
+        from matplotlib.pyplot import gca
+        ax = gca() if ax is None else ax
         [self.line_] = ax.plot(self.radii, self.accuracy, **{'label': self.label, **line})
         ax.set(xlabel='total norm of the poisoning patterns', ylabel='certified accuracy', ylim=(-.02, 1.02))
         if self.label: ax.legend()
