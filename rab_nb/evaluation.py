@@ -67,8 +67,7 @@ class CertifiedAccuracyDisplay:
 
     @classmethod
     def from_certificate(cls, certificate, # Certificate of n points
-                         y, # (n,) their true labels
-                         radii=None, # (R,) total norms; None: from 0 to just beyond the largest
+                         y, radii=None, # (n,) true labels; (R,) total norms, None: from 0 to beyond the largest
                          label: str = None, ax=None, # of the curve; axes, None: new ones
                          **line # of `Axes.plot`
                         ):
@@ -76,8 +75,7 @@ class CertifiedAccuracyDisplay:
         if radii is None:
             finite = certificate.radius[np.isfinite(certificate.radius)]
             radii = np.linspace(0, 1.05 * max(finite.max(initial=0), 1e-9), 200)
-        radii = np.asarray(radii, float)
-        return cls(radii, certified_accuracy(certificate, y, radii), label).plot(ax, **line)
+        return cls(np.asarray(radii, float), certified_accuracy(certificate, y, radii), label).plot(ax, **line)
 
     @classmethod
     def from_estimator(cls, estimator, X, y, # classifier or pipeline; (n, d) inputs, (n,) true labels
@@ -93,9 +91,9 @@ class CertifiedAccuracyDisplay:
     def plot(self, ax=None, **line): # axes, None: new ones; of `Axes.plot`
         "Draw into the axes; the display, with `ax_`, `figure_` and `line_`."
         from matplotlib.pyplot import gca
-        ax = gca() if ax is None else ax
-        [self.line_] = ax.plot(self.radii, self.accuracy, **{'label': self.label, **line})
-        ax.set(xlabel='total norm of the poisoning patterns', ylabel='certified accuracy', ylim=(-.02, 1.02))
-        if self.label: ax.legend()
-        self.ax_, self.figure_ = ax, ax.figure
+        self.ax_ = gca() if ax is None else ax
+        self.figure_ = self.ax_.figure
+        [self.line_] = self.ax_.plot(self.radii, self.accuracy, **{'label': self.label, **line})
+        self.ax_.set(xlabel='total norm of the poisoning patterns', ylabel='certified accuracy', ylim=(-.02, 1.02))
+        if self.label: self.ax_.legend()
         return self
