@@ -14,7 +14,7 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'report', 'tables', 'runs', 'store',
     'evaluation defences estimators ensemble knn attacks models',
     'metrics certificate data',
-    'dp noise inputs stacked chi bounds theory labels']
+    'dp noise features inputs stacked chi bounds theory labels']
 CIRCLE = ('runs', 'tables')  # the command line starts from the tables
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
