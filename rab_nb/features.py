@@ -100,6 +100,21 @@ def row_digests(x, # (n, ...) array
     def digest(i): return hashlib.blake2b(rows[i].tobytes() + (b'%d' % i if numbered else b''), digest_size=16).digest()
     return np.array([digest(i) for i in range(len(rows))], 'S16').view('V16')
 
+def _read(path, name): # keys and features of a file; none where it is absent, damaged or of another name
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            keys, features = f['keys'].view('V16').ravel(), f['features']
+            if str(f['name']) == name and len(keys) == len(features): return keys, features
+    except Exception: pass # computed again
+    return np.empty(0, 'V16'), None
+
+def _write(path, name, keys, features): # whole or not at all
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f'.{os.getpid()}.part')
+    with part.open('wb') as f: np.savez(f, name=name, keys=keys.view(np.uint8).reshape(-1, 16), features=features)
+    part.replace(path)
+
+# %% ../nbs/14_features.ipynb #14fe0034
 class FeatureStore:
     "A folder with the features of smoothed rows, one file per body, noise and model; without a folder nothing is kept."
     def __init__(self, folder=None, # where; None: keep nothing
@@ -107,39 +122,25 @@ class FeatureStore:
                 ):
         self.folder, self.most_bytes = folder and Path(folder), most_bytes
 
+    def path(self, name: str): # see `features`
+        "The file of a name."
+        return self.folder / f'{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.npz'
+
     def features(self, name: str, # everything that features depend on besides the row
                  digests: np.ndarray, # (n,) from `row_digests`
                  compute: Callable[[np.ndarray], np.ndarray] # (m,) row numbers -> (m, f) float16
                 ) -> np.ndarray: # (n, f) float16
         "Features of all rows; those that the folder lacks are computed and, while there is room, added to it."
-        keys, kept = self._read(name)
-        order = np.argsort(keys)
-        at = np.searchsorted(keys[order], digests) if len(keys) else np.zeros(len(digests), int)
-        place = order[np.minimum(at, len(keys) - 1)] if len(keys) else at
-        lacking = np.flatnonzero(keys[place] != digests) if len(keys) else np.arange(len(digests))
-        if not len(lacking): return kept[place]
+        if self.folder is None: return compute(np.arange(len(digests)))
+        keys, kept = _read(self.path(name), name)
+        position = {key.tobytes(): i for i, key in enumerate(keys)}
+        at = np.array([position.get(key.tobytes(), -1) for key in digests], int)
+        lacking = np.flatnonzero(at < 0)
+        if not len(lacking): return kept[at]
         new = compute(lacking)
         found = np.empty((len(digests), new.shape[1]), np.float16)
-        if len(lacking) < len(digests): found[:] = kept[place] if len(keys) else 0
+        if len(keys): found[at >= 0] = kept[at[at >= 0]]
         found[lacking] = new
-        self._add(name, np.concatenate([keys, digests[lacking]]), np.concatenate([kept, new]) if len(keys) else new)
+        kept = np.concatenate([kept, new]) if len(keys) else new
+        if kept.nbytes <= self.most_bytes: _write(self.path(name), name, np.concatenate([keys, digests[lacking]]), kept)
         return found
-
-    def _path(self, name): return self.folder / f'{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.npz'
-
-    def _read(self, name): # keys, features: empty where there is no file, or none that can be read
-        empty = np.empty(0, 'V16'), np.empty((0, 0), np.float16)
-        if self.folder is None or not self._path(name).exists(): return empty
-        try:
-            with np.load(self._path(name), allow_pickle=False) as f:
-                if str(f['name']) != name or len(f['keys']) != len(f['features']): return empty
-                return f['keys'].view('V16').ravel(), f['features']
-        except Exception: return empty # damaged: computed again
-
-    def _add(self, name, keys, features):
-        if self.folder is None or features.nbytes > self.most_bytes: return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self._path(name).with_suffix(f'.{os.getpid()}.part')
-        with part.open('wb') as f:
-            np.savez(f, name=name, keys=keys.view(np.uint8).reshape(-1, 16), features=features)
-        part.replace(self._path(name))
