@@ -131,7 +131,7 @@ class Blending(Trigger):
 # %% ../nbs/11_attacks.ipynb #ef862d28
 _TRIGGERS = {'one_pixel': OnePixel, 'four_pixel': FourPixel, 'blending': Blending}
 
-def trigger(name: str, # a key of `_TRIGGERS`
+def trigger(name: str, # 'one_pixel', 'four_pixel' or 'blending'
             norm: float # l2 norm of the pattern, > 0
            ) -> Trigger:
     "The trigger of that name."

@@ -28,7 +28,7 @@ def check_probabilities(probabilities # (n_models, n_points, n_classes)
     if x.ndim != 3 or x.shape[2] < 2 or 0 in x.shape:
         raise ValueError('probabilities must have shape (n_models, n_points, n_classes >= 2) without empty '
                          f'axes, got {x.shape}')
-    x = bounds.check_outputs(x)
+    x = bounds.bounded_outputs(x)
     gap = np.abs(x.sum(2) - 1)
     if gap.max() > 1e-3:
         model, point = np.unravel_index(gap.argmax(), gap.shape)
