@@ -140,8 +140,8 @@ def trigger(name: str, # 'one_pixel', 'four_pixel' or 'blending'
 
 # %% ../nbs/11_attacks.ipynb #c425632a
 def _poisoned_count(rate: float, # share of all training rows, in [0, 1]
-                   n: int # number of training rows
-                  ) -> int: # floor(rate n)
+                    n: int # number of training rows
+                   ) -> int: # floor(rate n)
     "How many rows an attack at this rate poisons."
     if not 0 <= rate <= 1: raise ValueError(f'rate must be in [0, 1], got {rate!r}')
     return floor(rate * n + 1e-9)

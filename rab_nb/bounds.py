@@ -13,7 +13,7 @@ from scipy.special import betaincinv
 
 # %% ../nbs/02_bounds.ipynb #5997687c
 def bounded_outputs(outputs # (n_models, ...)
-                 ) -> np.ndarray: # float64, in [0, 1]
+                   ) -> np.ndarray: # float64, in [0, 1]
     "Outputs that a bound may rest on, or a ValueError."
     x = np.asarray(outputs, dtype=float)
     if x.ndim == 0 or len(x) == 0:
@@ -77,8 +77,8 @@ def empirical_bernstein(outputs, # (n_models, ...), in [0, 1]
 
 # %% ../nbs/02_bounds.ipynb #bb01490f
 def _stakes(x, # (..., n_models), outputs in their order
-           alpha: float # probability that the bound fails
-          ) -> np.ndarray: # (..., n_models), each a function of the earlier outputs only
+            alpha: float # probability that the bound fails
+           ) -> np.ndarray: # (..., n_models), each a function of the earlier outputs only
     "Predictable plug-in stakes of Waudby-Smith and Ramdas (2024)."
     t = 1 + np.arange(1, x.shape[-1] + 1)
     mean = (.5 + x.cumsum(-1)) / t
@@ -88,17 +88,17 @@ def _stakes(x, # (..., n_models), outputs in their order
 
 # %% ../nbs/02_bounds.ipynb #3a268cd2
 def _capital(x, # (n_points, n_models), outputs in their order
-            stake, # (n_points, n_models), from `_stakes`
-            m # (n_points,), supposed expectation
-           ) -> np.ndarray: # (n_points,)
+             stake, # (n_points, n_models), from `_stakes`
+             m # (n_points,), supposed expectation
+            ) -> np.ndarray: # (n_points,)
     "The largest capital over time of a gambler who bets that the expectation exceeds `m`."
     m = m[:, None]
     with np.errstate(over='ignore', divide='ignore'):
         return np.cumprod(1 + np.minimum(stake, .75/m)*(x - m), 1).max(1)
 
 def _betting_lower(x, # (n_points, n_models), outputs in their order
-                  alpha: float # probability that the bound fails
-                 ) -> np.ndarray: # (n_points,), lower bound of the expectation
+                   alpha: float # probability that the bound fails
+                  ) -> np.ndarray: # (n_points,), lower bound of the expectation
     "The largest supposed expectation that the gambler's gains refute."
     stake, low, high = _stakes(x, alpha), np.zeros(len(x)), x.mean(1)
     for _ in range(24):
@@ -145,7 +145,7 @@ BOUNDS = dict(hoeffding=hoeffding, empirical_bernstein=empirical_bernstein, bett
               clopper_pearson=clopper_pearson)
 
 def _bound_named(name: str # a key of BOUNDS
-               ): # the function (outputs, alpha) -> (lower, upper)
+                ): # the function (outputs, alpha) -> (lower, upper)
     "A bound by its name, or a ValueError that lists the names."
     if name not in BOUNDS: raise ValueError(f'unknown bound {name!r}; choose one of {sorted(BOUNDS)}')
     return BOUNDS[name]

@@ -320,20 +320,20 @@ def exact_certificate(prediction, # (n_points,), position of the most probable c
 
 # %% ../nbs/03_certificate.ipynb #39a21c59
 def _side_level(alpha: float, # probability that the statement fails
-               n_classes: int, # number of classes
-               simultaneous: bool = True, # also for the selected class and all its rivals
-               n_points: int = 1 # points for which it must hold together
-              ) -> float: # probability that each one-sided bound may fail
+                n_classes: int, # number of classes
+                simultaneous: bool = True, # also for the selected class and all its rivals
+                n_points: int = 1 # points for which it must hold together
+               ) -> float: # probability that each one-sided bound may fail
     "Share of alpha for each one-sided bound, by the union bound."
     sides = (2 if n_classes == 2 else 2*n_classes) if simultaneous else 1
     return bounds.check_alpha(alpha) / (sides*n_points)
 
 # %% ../nbs/03_certificate.ipynb #298f78e3
 def _rivals_upper(top, # (n_points,), the selected class
-                 p_a, # (n_points,), its lower bound
-                 upper, # (n_points, n_classes), upper bounds
-                 simultaneous: bool = True # do all bounds hold together?
-                ) -> np.ndarray: # (n_points,)
+                  p_a, # (n_points,), its lower bound
+                  upper, # (n_points, n_classes), upper bounds
+                  simultaneous: bool = True # do all bounds hold together?
+                 ) -> np.ndarray: # (n_points,)
     "Upper bound of every class but the selected one."
     if upper.shape[1] == 2: return 1 - p_a
     others = np.where(np.arange(upper.shape[1]) == top[:, None], 0, upper).max(1)

@@ -52,12 +52,12 @@ def _check_labels(name: str, # how the message calls the array
 
 # %% ../nbs/10_data.ipynb #4309d4ce
 def _check_arrays(x_train, # float32 (n, ...)
-                 y_train, # int64 (n,)
-                 x_test, # float32 (m, ...)
-                 y_test, # int64 (m,)
-                 classes: tuple, # class names, in the order of the labels
-                 value_range=None # (lowest, highest) value a feature can take, or None
-                ):
+                  y_train, # int64 (n,)
+                  x_test, # float32 (m, ...)
+                  y_test, # int64 (m,)
+                  classes: tuple, # class names, in the order of the labels
+                  value_range=None # (lowest, highest) value a feature can take, or None
+                 ):
     "Refuse arrays that do not make a classification problem."
     if len(set(classes)) != len(classes) or len(classes) < 2:
         raise ValueError(f'classes must be two or more distinct names, got {classes!r}')
@@ -135,9 +135,9 @@ def _floats(name: str, x) -> np.ndarray: # (n, ...) float32, not writable
     return a
 
 def _encode(name: str, # how the message calls the labels
-           y, # (n,) labels of any kind
-           classes: tuple # class names
-          ) -> np.ndarray: # (n,) int64, not writable
+            y, # (n,) labels of any kind
+            classes: tuple # class names
+           ) -> np.ndarray: # (n,) int64, not writable
     "Labels as positions in `classes`."
     y, out = np.asarray(y), np.full(np.shape(y), -1, np.int64)
     for i, c in enumerate(classes):
@@ -260,15 +260,15 @@ def _unix(f) -> bytes: # at most 16 MiB of a text file with the line ends of Uni
     return f.read(2**24).replace(b'\r\n', b'\n').rstrip(b'\n') + b'\n'
 
 def _checksum(path # a data file
-            ) -> str: # 64 hexadecimal digits
+             ) -> str: # 64 hexadecimal digits
     "SHA-256 of a file, or of a text file (.data) with Unix line ends."
     with open(path, 'rb') as f:
         if Path(path).suffix == '.data': return hashlib.sha256(_unix(f)).hexdigest()
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _locate(*filenames: str, # keys of `SHA256`; any of them will do
-           root=None # see `folders`
-          ) -> Path | None: # the file in the first folder that has one, None if none has
+            root=None # see `folders`
+           ) -> Path | None: # the file in the first folder that has one, None if none has
     "Find a data file and check that it is the one we know."
     path = next((f/name for f in folders(root) for name in filenames if (f/name).is_file()), None)
     if path and (actual := _checksum(path)) != SHA256[path.name]:
@@ -278,7 +278,7 @@ def _locate(*filenames: str, # keys of `SHA256`; any of them will do
 
 # %% ../nbs/10_data.ipynb #03e8b8e5
 def _as_images(x: np.ndarray # (n, h, w) or (n, h, w, c) uint8
-             ) -> np.ndarray: # (n, c, h, w) float32 in [0, 1], not writable
+              ) -> np.ndarray: # (n, c, h, w) float32 in [0, 1], not writable
     "Pixels as every model here expects them."
     x = x[..., None] if x.ndim == 3 else x
     out = np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32)
@@ -356,10 +356,10 @@ def _mnist(classes, root, download, random_state) -> Task:
 # %% ../nbs/10_data.ipynb #f79f007b
 _CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 _CIFAR10_FILES = {'cifar10_airplane_bird.npz': ('airplane', 'bird'),
-                 'cifar10_automobile_dog.npz': ('automobile', 'dog')}
+                  'cifar10_automobile_dog.npz': ('automobile', 'dog')}
 
 def _merge(parts: list, # dicts with x_, y_ and _index arrays
-           ) -> dict: # one dict, rows in the order of the original batches
+          ) -> dict: # one dict, rows in the order of the original batches
     out = {}
     for part in ('train', 'test'):
         order = np.argsort(np.concatenate([p[f'{part}_index'] for p in parts]))
@@ -382,7 +382,7 @@ def _cifar10(classes, root, download, random_state) -> Task:
 
 # %% ../nbs/10_data.ipynb #ffd95dcd
 _IMAGENET_FILES = {'cat': ('imagenet_dog_cat_64.npz', 'imagenet_dog_cat_64_more_train.npz'),
-                  'fish': ('imagenet_dog_fish_64.npz',)}
+                   'fish': ('imagenet_dog_fish_64.npz',)}
 
 def _imagenet(classes, root, download, random_state) -> Task:
     classes = tuple(('cat', 'dog') if classes is None else classes)
@@ -420,7 +420,7 @@ def _parts(x, y, random_state: int) -> dict: # raw arrays for `_pick`
 
 # %% ../nbs/10_data.ipynb #7638320d
 def _spam_features(table: np.ndarray # (n, 57) as in spambase.data
-                 ) -> np.ndarray: # (n, 56) float32
+                  ) -> np.ndarray: # (n, 56) float32
     "54 frequencies in percent, then average and longest run of capitals divided by the total."
     return np.concatenate([table[:, :54], table[:, 54:56] / table[:, 56:]], axis=1).astype(np.float32)
 
@@ -589,7 +589,7 @@ def from_folder(folder, # holds one folder of images per class, or train/ and va
 
 # %% ../nbs/10_data.ipynb #2cbc8141
 _LOADERS = {'mnist': _mnist, 'cifar10': _cifar10, 'imagenet': _imagenet, 'spambase': _spambase,
-           'digits': _digits, 'photos': _photos, 'breast_cancer': _breast_cancer}
+            'digits': _digits, 'photos': _photos, 'breast_cancer': _breast_cancer}
 
 def names() -> list: # of str
     "The data sets that `load` knows; the last three ship with scikit-learn."

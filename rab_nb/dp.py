@@ -25,8 +25,8 @@ from .stacked import (Stack, StackedBatchNorm, StackedConv2d, StackedGroupNorm, 
 
 # %% ../nbs/21_dp.ipynb #0a804f99
 def _clip_factors(norms: torch.Tensor, # (M, B) norms of the per-sample gradients
-                 max_grad_norm: float # C
-                ) -> torch.Tensor: # (M, B) in (0, 1]
+                  max_grad_norm: float # C
+                 ) -> torch.Tensor: # (M, B) in (0, 1]
     "min(1, C / norm) for every sample."
     return (max_grad_norm / (norms + 1e-6)).clamp(max=1)
 
@@ -65,8 +65,8 @@ def _weighted_product(c, rows, grads): # (M, B), A, G -> (M, o, i)
 
 # %% ../nbs/21_dp.ipynb #9483e0f8
 def _direct(rows: torch.Tensor, # A: (M, B, L, i)
-           grads: torch.Tensor # G: (M, B, L, o)
-          ) -> tuple: # as in `ghost`
+            grads: torch.Tensor # G: (M, B, L, o)
+           ) -> tuple: # as in `ghost`
     "Norms and weighted sums of the per-sample gradients G'A of one layer by forming them."
     each = grads.mT @ rows
     return _square_norms(each), partial(_weighted, each)
@@ -77,21 +77,21 @@ def _weighted(each, c): # (M, B, ...), (M, B) -> (M, ...)
 
 # %% ../nbs/21_dp.ipynb #3d31b42d
 def _ghost_is_cheaper(length: int, i: int, o: int # L, inputs, outputs of a layer
-                    ) -> bool: # False: form the gradients
+                     ) -> bool: # False: form the gradients
     "Whether rows and output gradients, four times over if in float64, are fewer numbers than the gradient."
     return (4 if length > 1 else 1) * length * (i + o) < i * o
 
 # %% ../nbs/21_dp.ipynb #6c625f39
 def _linear_rows(layer, x: torch.Tensor, # (M*B, ..., i) input
-                g: torch.Tensor # (M*B, ..., o) gradient of the output
-               ) -> tuple: # (M*B, L, i), (M*B, L, o)
+                 g: torch.Tensor # (M*B, ..., o) gradient of the output
+                ) -> tuple: # (M*B, L, i), (M*B, L, o)
     "Rows and output gradients of a linear layer."
     return x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
 
 # %% ../nbs/21_dp.ipynb #b7234cc6
 def _conv_rows(layer, x: torch.Tensor, # (M*B, c, h, w) input
-              g: torch.Tensor # (M*B, o, h', w') gradient of the output
-             ) -> tuple: # (M*B, h'w', kh*kw*c), (M*B, h'w', o)
+               g: torch.Tensor # (M*B, o, h', w') gradient of the output
+              ) -> tuple: # (M*B, h'w', kh*kw*c), (M*B, h'w', o)
     "Windows and output gradients of a convolution."
     (ph, pw), size = layer.padding, tuple(layer.weight.shape[-2:])
     rows = Windows.apply(F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)), size, layer.stride)
@@ -99,8 +99,8 @@ def _conv_rows(layer, x: torch.Tensor, # (M*B, c, h, w) input
 
 # %% ../nbs/21_dp.ipynb #d0c37e53
 def _matrix_parts(layer, calls: list, # (input, gradient of the output) of each use of the layer
-                 m: int # number of models
-                ): # yields (parameter, squared norms (M, B), function of factors -> sum (M, ...))
+                  m: int # number of models
+                 ): # yields (parameter, squared norms (M, B), function of factors -> sum (M, ...))
     "Per-sample gradient norms and weighted sums for a linear layer or convolution."
     of_one = _conv_rows if isinstance(layer, StackedConv2d) else _linear_rows
     uses = [of_one(layer, *call) for call in calls]
@@ -133,7 +133,7 @@ def _kept(parameter, each): # each: (M, B, ...) per-sample gradients
 
 # %% ../nbs/21_dp.ipynb #235b61de
 def _norm_parts(layer, calls: list, m: int # as in `_matrix_parts`
-              ): # as in `_matrix_parts`
+               ): # as in `_matrix_parts`
     "Per-sample gradient norms and weighted sums for group normalisation."
     spread = lambda t: t.float().flatten(2).sum(2) if t.dim() > 2 else t.float()
     normal = lambda x: group_normalised(x.float(), layer.num_groups, layer.eps)
@@ -153,10 +153,10 @@ class _Tap(torch.autograd.Function):
 
 # %% ../nbs/21_dp.ipynb #1bb868ee
 def _record(stack: Stack, # folded
-           x: torch.Tensor, # (M, B, ...)
-           y: torch.Tensor, # (B,)
-           loss # (outputs, y) -> (M, B)
-          ) -> dict: # layer -> list of (input, gradient of its output)
+            x: torch.Tensor, # (M, B, ...)
+            y: torch.Tensor, # (B,)
+            loss # (outputs, y) -> (M, B)
+           ) -> dict: # layer -> list of (input, gradient of its output)
     "Inputs and output gradients of every layer with weights, in the precision of the layer."
     calls = []
     def note(layer, args, out):
@@ -199,11 +199,11 @@ def _cause(sample, weights): # one input; the weights of one model -> advice
 
 # %% ../nbs/21_dp.ipynb #b68873ed
 def _check_gradients(norms: torch.Tensor, # (M, B)
-                 models, # numbers of the models, for the message; None: 0, 1, ...
-                 step, # number of the step, for the message
-                 stack: Stack = None, # networks, to find the cause
-                 x: torch.Tensor = None # their inputs, to find the cause
-                ) -> None: # or ValueError
+                     models, # numbers of the models, for the message; None: 0, 1, ...
+                     step, # number of the step, for the message
+                     stack: Stack = None, # networks, to find the cause
+                     x: torch.Tensor = None # their inputs, to find the cause
+                    ) -> None: # or ValueError
     "Stop at the first gradient that is NaN or infinite, and say whether inputs or weights are the cause."
     bad = (~torch.isfinite(norms)).nonzero()
     if len(bad):
@@ -241,9 +241,9 @@ def clipped_sum(stack: Stack, # folded
 
 # %% ../nbs/21_dp.ipynb #06a9d9f7
 def _add_noise(stack: Stack, # its gradient is changed in place
-              std: float, # standard deviation of each number
-              generators: list # one per model
-             ) -> None:
+               std: float, # standard deviation of each number
+               generators: list # one per model
+              ) -> None:
     "Add Gaussian noise to the gradient of every model."
     trained = [w for w in stack.weights.values() if w.requires_grad]
     sizes = [w[0].numel() for w in trained]
@@ -433,8 +433,8 @@ class DPSGD:
 
 # %% ../nbs/21_dp.ipynb #735af44e
 def _gaussian_log_delta(epsilon: float, # >= 0
-                       mu: float # shift of a unit normal variable, > 0
-                      ) -> float: # log of delta
+                        mu: float # shift of a unit normal variable, > 0
+                       ) -> float: # log of delta
     "Privacy curve of the Gaussian mechanism."
     a, b = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
     return float(a + math.log(-math.expm1(b - a))) if b < a else -math.inf
@@ -453,9 +453,9 @@ def gaussian_epsilon(mu: float, # shift of a unit normal variable, > 0
 _PRV_LIMIT = 50.
 
 def _poisson_epsilon(accountant: str, # 'rdp' or 'prv'
-                    sample_rate: float, # q
-                    steps: int, noise_multiplier: float, delta: float
-                   ) -> float: # inf: out of the accountant's reach
+                     sample_rate: float, # q
+                     steps: int, noise_multiplier: float, delta: float
+                    ) -> float: # inf: out of the accountant's reach
     "Epsilon of Poisson-sampled DP-SGD by Opacus' accountant."
     accountants = _needs_opacus(f'accountant={accountant!r}').accountants
     rdp, prv = accountants.RDPAccountant(), accountants.PRVAccountant()

@@ -82,9 +82,9 @@ def _bad_rows(x): # (n, ...) -> numbers of the rows that are not finite, looked 
     return np.concatenate([k + np.flatnonzero(~np.isfinite(block).all(1)) for k, block in blocks])
 
 def _check_finite(x: np.ndarray, # (n, ...) numbers
-                 wide=None, # the same before they were converted
-                 name: str = 'X' # how the message calls it
-                ) -> None:
+                  wide=None, # the same before they were converted
+                  name: str = 'X' # how the message calls it
+                 ) -> None:
     "ValueError that counts and places values that are NaN or infinite."
     bad = _bad_rows(x)
     if not len(bad): return

@@ -43,9 +43,9 @@ def confidence(g # class probabilities of the smoothed classifier, (..., n_class
 
 # %% ../nbs/00_theory.ipynb #7d59759d
 def _sort_cells(p, # masses under eps, one entry per cell
-               q, # masses under delta, one entry per cell
-               tolerance=1e-9 # ratios that agree to this relative accuracy become one level
-              ): # p, q and the ratio q / p, in increasing order of the ratio
+                q, # masses under delta, one entry per cell
+                tolerance=1e-9 # ratios that agree to this relative accuracy become one level
+               ): # p, q and the ratio q / p, in increasing order of the ratio
     "Cells ordered by likelihood ratio; cells outside the support of eps go."
     p, q = np.ravel(p).astype(float), np.ravel(q).astype(float)
     if p.shape != q.shape: raise ValueError(f'eps and delta need the same cells, got {p.size} and {q.size}')
@@ -142,7 +142,7 @@ def _cell_masses(law, edges):
 
 # %% ../nbs/00_theory.ipynb #a8a980d5
 def _atom_cells(eps, delta # scipy.stats frozen discrete distributions
-              ): # a LevelSets of their atoms
+               ): # a LevelSets of their atoms
     "Cells of two discrete laws: their values, or the integers that carry all but 1e-15 of the mass."
     laws = eps, delta
     ends = [(max(law.support()[0], law.ppf(1e-15)), min(law.support()[1], law.isf(1e-15))) for law in laws]
@@ -152,8 +152,8 @@ def _atom_cells(eps, delta # scipy.stats frozen discrete distributions
 
 # %% ../nbs/00_theory.ipynb #70d7abd0
 def _on_grid(levels, # a LevelSets
-            width # of the grid in log-ratio
-           ): # masses under eps and delta on consecutive grid points; cells of ratio 0 are left out
+             width # of the grid in log-ratio
+            ): # masses under eps and delta on consecutive grid points; cells of ratio 0 are left out
     "Split each cell between the two nearest multiples of `width`, keeping both masses."
     p, q, height = (m[levels.q > 0]
                     for m in (levels.p, levels.q, np.log(np.where(levels.q > 0, levels.ratio, 1)) / width))
@@ -166,8 +166,8 @@ def _on_grid(levels, # a LevelSets
 
 # %% ../nbs/00_theory.ipynb #8c9103af
 def _product_cells(factors, # LevelSets of independent components
-                  n # points of the log-ratio grid
-                 ): # a LevelSets
+                   n # points of the log-ratio grid
+                  ): # a LevelSets
     "Cells of a product of pairs, by convolution over the log-ratio."
     from scipy.signal import fftconvolve
     spans = [np.ptp(np.log(f.ratio[f.q > 0])) if (f.q > 0).any() else 0. for f in factors]
@@ -197,9 +197,9 @@ class Product:
 
 # %% ../nbs/00_theory.ipynb #4cc7979f
 def _sampled_cells(eps, delta, # objects with logpdf(z) and rvs(size, random_state)
-                  n, # draws
-                  rng # np.random.Generator
-                 ): # a LevelSets
+                   n, # draws
+                   rng # np.random.Generator
+                  ): # a LevelSets
     "Cells from draws of the mixture (eps + delta) / 2, importance-weighted."
     z = np.concatenate([np.asarray(law.rvs(size=n // 2, random_state=rng)) for law in (eps, delta)])
     log_p, log_q = eps.logpdf(z), delta.logpdf(z)
