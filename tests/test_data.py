@@ -171,7 +171,7 @@ def test_missing_and_unreadable(tmp_path):
 def test_wrong_checksum_names_file_and_sums(alone):
     (alone/'spambase.npz').write_bytes(b'x')
     with pytest.raises(ValueError) as e: data.load('spambase', root=alone)
-    for part in (str(alone/'spambase.npz'), data.SHA256['spambase.npz'], data.checksum(alone/'spambase.npz')): assert part in str(e.value)
+    for part in (str(alone/'spambase.npz'), data.SHA256['spambase.npz'], data._checksum(alone/'spambase.npz')): assert part in str(e.value)
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10', 'imagenet', 'spambase'])
@@ -286,7 +286,7 @@ def test_hostile_images(tmp_path, monkeypatch):
     huge = raw[:i] + header + zlib.crc32(b'IHDR' + header).to_bytes(4, 'big') + raw[i + 17:]
     (folder/'ant/1.png').write_bytes(huge)
     with pytest.raises(ValueError, match='1.png'): data.from_folder(folder, size=8)
-    monkeypatch.setattr(data, 'max_bytes', lambda: 1000)
+    monkeypatch.setattr(data, '_max_bytes', lambda: 1000)
     with pytest.raises(ValueError, match='fit here'): data.from_folder(folder, size=64)
 
 
@@ -375,7 +375,7 @@ def test_torchvision_route_equals_npz(tmp_path, monkeypatch):
                 head = magic.to_bytes(4, 'big') + b''.join(n.to_bytes(4, 'big') for n in a.shape)
                 (raw/f'{name}-{k}-ubyte').write_bytes(head + a.tobytes())
     task = data.load('mnist', (0, 1), root=tmp_path, download=False)
-    assert 'torchvision' in task.source and task.sha256 == data.MNIST_DIGEST
+    assert 'torchvision' in task.source and task.sha256 == data._MNIST_DIGEST
     for k in ('x_train', 'y_train', 'x_test', 'y_test'): np.testing.assert_array_equal(getattr(task, k), getattr(source, k))
     labels = raw/'train-labels-idx1-ubyte'
     labels.write_bytes(labels.read_bytes()[:-1] + b'\x00')
