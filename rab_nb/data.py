@@ -13,7 +13,7 @@ import os
 import tempfile
 import urllib.request
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +244,8 @@ SHA256 = {
     'imagenet_dog_cat_64.npz': 'c9764a8819a57c72cb27d6a9a1da4c9f06a8941f01e1726c02eb2d977c386f7b',
     'imagenet_dog_cat_64_more_train.npz': 'f1776a4fe70b04b826106ee1079b9dda3587c268bfeaaa27c9a89d3fad21f3e1',
     'imagenet_dog_fish_64.npz': 'cbfc6af2224e1420b3aaad3c35dcdd878a586c21c890302d2419088bce5fc2f5',
+    'imagenet_dog_fish_224.tar': 'c7adc8da9773e425d9f4e325349da79a69dfe58d78ab97215418f4dfec075367',
+    'imagenet_dog_cat_200.tar': '460c224937af6cae892e0fe3b8cfdd374582aae730554a14468085546946d858',
     'spambase.npz': '192042ffc3e60472a4eefe736d12bd3d753d9f99ee1b178c718aa79020cf218a',
     'spambase.data': 'ebec58cfca94ea61c77df632314acae15bad410f4769d38b1a66cb41050e3431'}
 
@@ -587,6 +589,24 @@ def from_folder(folder, # holds one folder of images per class, or train/ and va
     return Task(name, *arrays, classes, f'{sum(len(y) for _, y in parts)} images resized to {size}x{size}',
                 digest(*arrays))
 
+# %% ../nbs/10_data.ipynb #224a0002
+_IMAGENET_TARS = {'cat': 'imagenet_dog_cat_200.tar', 'fish': 'imagenet_dog_fish_224.tar'}
+
+def _imagenet_images(classes, size, root, random_state) -> Task: # from an archive, or from a folder `root`
+    import tarfile
+    other = next((c for c in classes or () if c in _IMAGENET_TARS), None)
+    archive = other and _locate(_IMAGENET_TARS[other], root=root)
+    if archive and set(classes) == {other, 'dog'}:
+        with tempfile.TemporaryDirectory() as folder, tarfile.open(archive) as tar:
+            tar.extractall(folder, filter='data')
+            task = from_folder(folder, classes, size, random_state, 'imagenet')
+        return replace(task, source=f'ImageNet pair, {archive.name}, {task.source}')
+    if root is None:
+        raise ValueError(f"imagenet at size={size!r} is read from a folder of images, load('imagenet', classes, root=folder, size=...), "
+                         f"or from {' or '.join(_IMAGENET_TARS.values())} in a folder that RAB_DATA names; classes {classes!r} "
+                         'are in neither')
+    return from_folder(root, classes, size, random_state, 'imagenet')
+
 # %% ../nbs/10_data.ipynb #2cbc8141
 _LOADERS = {'mnist': _mnist, 'cifar10': _cifar10, 'imagenet': _imagenet, 'spambase': _spambase,
             'digits': _digits, 'photos': _photos, 'breast_cancer': _breast_cancer}
@@ -600,14 +620,12 @@ def load(name: str, # one of `names()`
          root=None, # folder to look in before $RAB_DATA and data/
          download: bool = True, # fetch what is missing (MNIST, CIFAR-10, Spambase)
          random_state: int = 0, # seed of the split, where the set has none of its own
-         size: int | None = None # pixels a side: 'imagenet' from a folder `root`; 'digits', a multiple of 8
+         size: int | None = None # pixels a side: 'imagenet', of the images read; 'digits', a multiple of 8
         ) -> Task:
     "A data set of the paper or a bundled stand-in."
     if name not in _LOADERS:
         raise ValueError(f'unknown data set {name!r}; known are {names()}, and from_arrays takes your own')
     if size is None: return _LOADERS[name](classes, root, download, random_state)
     if name == 'digits': return _digits(classes, root, download, random_state, size)
-    if name != 'imagenet' or root is None:
-        raise ValueError(f"size={size!r} is for load('imagenet', classes, root=folder, size=...); got "
-                         f"name={name!r}, root={root!r}")
-    return from_folder(root, classes, size, random_state, 'imagenet')
+    if name != 'imagenet': raise ValueError(f'size={size!r} is for imagenet (with root=folder) and digits; got name={name!r}')
+    return _imagenet_images(classes, size, root, random_state)
