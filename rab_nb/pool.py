@@ -76,7 +76,8 @@ class _Worker:
         if self.deaths > retries:
             code = re.search(r'\((-?\d+)\)}', str(death))
             raise RuntimeError(f"{name} has ended {self.deaths} worker processes, the last with exit code "
-                               f"{code[1] if code else 'unknown'}: if that is -9, memory ran out and fewer n_jobs "
+                               f"{code[1] if code else 'unknown'}: if that is -9, memory ran out and fewer "
+                               "n_jobs "
                                'or a smaller shard_size help') from None
         self.start()
         return self.send()
@@ -84,7 +85,8 @@ class _Worker:
     def stop(self) -> None: self.executor.shutdown(wait=True, kill_workers=True)
 
 # %% ../nbs/internals/pool.ipynb #b001000e
-def _give_out(stream, function: Callable, arguments: Callable, n_workers: int, workers: list, busy: dict) -> bool:
+def _give_out(stream, function: Callable, arguments: Callable, n_workers: int, workers: list,
+              busy: dict) -> bool:
     "Give jobs to free workers, starting new ones as needed; whether more may come at once."
     idle = [w for w in workers if w not in busy.values()]
     while idle or len(workers) < n_workers:
@@ -118,7 +120,8 @@ def map_in_processes(function: Callable, # picklable, or defined in a notebook
             for future in wait(busy, None if patience == math.inf else patience, FIRST_COMPLETED).done:
                 worker = busy.pop(future)
                 try: result = future.result()
-                except BrokenProcessPool as death: busy[worker.again(death, retries, name(worker.job))] = worker
+                except BrokenProcessPool as death:
+                    busy[worker.again(death, retries, name(worker.job))] = worker
                 else: yield worker.job, result
     finally:
         for worker in workers: worker.stop()

@@ -32,7 +32,7 @@ def block(x, numbers, device='cpu', seed=0):
     "A block made of outputs whose row k is model numbers[k]."
     sums, diverged = store.added_up({'test': x}, list(numbers))
     return store.Block(dict(kind='toy', seed=seed), dict(device=device, torch='2.13.0'),
-                       store.joined(numbers), diverged, sums, {}, 'toy', {},
+                       store.as_ranges(numbers), diverged, sums, {}, 'toy', {},
                        dict(milliseconds=7, machines=['here']))
 
 
@@ -52,7 +52,7 @@ def pieces(x, rng, **where):
 @budget(deadline=None, max_examples=25)
 def test_certificates_from_blocks_never_exceed_those_from_the_outputs(seed, n, classes):
     rng, x = np.random.default_rng(seed), outputs(seed, n, classes=classes)
-    stats = store.statistics_of(store.merged(pieces(x, rng, device=['cpu', 'cuda'])), 'test')
+    stats = store.statistics_of(store.merge_blocks(pieces(x, rng, device=['cpu', 'cuda'])), 'test')
     for bound, votes in (('hoeffding', 'soft'), ('empirical_bernstein', 'soft'), ('hoeffding', 'hard'),
                          ('clopper_pearson', 'hard')):
         if n < 60 and (bound, votes) != ('clopper_pearson', 'hard'): continue
@@ -70,7 +70,7 @@ def test_diverged_models_give_the_worst_answer(seed, lost):
     rng, x = np.random.default_rng(seed), outputs(seed, 100)
     gone = rng.choice(100, lost, replace=False)
     x[gone] = np.nan
-    stats = store.statistics_of(store.merged(pieces(x, rng)), 'test')
+    stats = store.statistics_of(store.merge_blocks(pieces(x, rng)), 'test')
     assert (stats.n_models, stats.diverged) == (100, lost)
     for bound, votes in (('hoeffding', 'soft'), ('empirical_bernstein', 'soft'), ('clopper_pearson', 'hard')):
         mine = certify_statistics(stats, NOISE, .01, bound, votes)
@@ -102,10 +102,10 @@ def test_any_order_of_merging_gives_the_same_bytes(seed, tmp_path):
     rng, x = np.random.default_rng(seed), outputs(seed, 1100)
     made = pieces(x, rng, device=['cpu', 'cuda'])
     def tree(blocks):
-        if len(blocks) == 1: return store.merged(blocks)
+        if len(blocks) == 1: return store.merge_blocks(blocks)
         half = rng.integers(1, len(blocks))
-        return store.merged([*tree(blocks[:half]), *tree(blocks[half:])])
-    contents = {store.pack_blocks(f(made)) for f in (store.merged, tree, lambda b: tree(b[::-1]))}
+        return store.merge_blocks([*tree(blocks[:half]), *tree(blocks[half:])])
+    contents = {store.pack_blocks(f(made)) for f in (store.merge_blocks, tree, lambda b: tree(b[::-1]))}
     for b in made: store.add_blocks(tmp_path / 'a', [b])
     for b in made[::-1]: store.add_blocks(tmp_path / 'b', [b])
     assert len(contents | {(tmp_path / 'a').read_bytes(), (tmp_path / 'b').read_bytes()}) == 1
@@ -114,24 +114,24 @@ def test_any_order_of_merging_gives_the_same_bytes(seed, tmp_path):
 
 def test_sums_of_a_thousand_certain_models_fit():
     certain = np.tile(np.float32([[[1, 0], [0, 1]]]), (1000, 1, 1))
-    whole = store.merged([block(certain[:500], range(500)), block(certain[500:], range(500, 1000))])
+    whole = store.merge_blocks([block(certain[:500], range(500)), block(certain[500:], range(500, 1000))])
     assert (store.statistics_of(whole, 'test').mean == [[1, 0], [0, 1]]).all()
 
 
 def test_equal_blocks_count_once_and_others_that_overlap_are_refused():
     x = outputs(1, 20)
     a, b = block(x[:10], range(10)), block(x[10:], range(10, 20))
-    assert store.pack_blocks(store.merged([a, b, a, b])) == store.pack_blocks(store.merged([a, b]))
+    assert store.pack_blocks(store.merge_blocks([a, b, a, b])) == store.pack_blocks(store.merge_blocks([a, b]))
     for other in (block(x[5:15], range(5, 15)), block(x[:10], range(10), device='cuda'),
                   block(x[10:], range(10)), block(x, range(20))):
-        with pytest.raises(store.StatisticsError, match='a model counts once'): store.merged([a, other])
-    assert len(store.merged([a, block(x[:10], range(10),
-                                      seed=1)])) == 2, 'models of other runs are other models'
+        with pytest.raises(store.StatisticsError, match='a model counts once'): store.merge_blocks([a, other])
+    assert len(store.merge_blocks([a, block(x[:10], range(10),
+                                            seed=1)])) == 2, 'models of other runs are other models'
 
 
 def test_blocks_about_other_points_are_refused():
     with pytest.raises(store.StatisticsError, match='different points'):
-        store.merged([block(outputs(0, 5), range(5)), block(outputs(0, 5, points=7), range(5, 10))])
+        store.merge_blocks([block(outputs(0, 5), range(5)), block(outputs(0, 5, points=7), range(5, 10))])
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         time.sleep(moment)
         w.kill(); w.wait()
         found = store.read_blocks(path)
-        numbers = store.listed(found[0].models) if found else []
+        numbers = store.numbers_in(found[0].models) if found else []
         assert numbers == list(range(len(numbers))) and len(numbers) >= seen
         seen = len(numbers)
     assert seen > 0
@@ -187,7 +187,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
 def test_two_writers_at_once_lose_nothing(tmp_path):
     path = tmp_path / 'table1.safetensors'
     for w in [writer(path, i, 40) for i in range(3)]: assert w.wait(120) == 0
-    assert store.listed(store.read_blocks(path)[0].models) == sorted(k for i in range(3)
+    assert store.numbers_in(store.read_blocks(path)[0].models) == sorted(k for i in range(3)
                                                                      for k in range(i, 400, 40))
 
 
@@ -200,8 +200,8 @@ def compute(settings, place, **how):
 @pytest.fixture
 def asked(monkeypatch):
     "The shards that were computed."
-    said, compute_one = [], workers.compute
-    monkeypatch.setattr(workers, 'compute', lambda kind, settings,
+    said, compute_one = [], workers.compute_shard
+    monkeypatch.setattr(workers, 'compute_shard', lambda kind, settings,
                         models: said.append((settings.get('random_state', 0), models))
                         or compute_one(kind, settings, models))
     return said
@@ -366,13 +366,13 @@ def test_a_table_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, 'ROOT', tmp_path)
     (tmp_path / 'results/cpu').mkdir(parents=True)
     (tmp_path / 'results/cpu/table2.csv').write_text('of an older version')
-    page = report.make(2, 'cpu', compute=False)
+    page = report.make_table(2, 'cpu', compute=False)
     assert page.name == 'table2.md' and '`rab-nb run --table 2 --profile cpu` computes it' in page.read_text() and 'not run' in page.read_text()
     assert sorted(p.name for p in page.parent.iterdir()) == ['table2.json', 'table2.md']
-    text = report.report(tmp_path / 'results').read_text()
+    text = report.write_list(tmp_path / 'results').read_text()
     assert '0 of 12' in text and 'rab-nb run --table 2' in text
 
 
 def test_exact_tables_are_kept_once():
-    assert [profiles.place(t, 'cpu') for t in (1, 7, 8, 9)] == ['cpu', 'paper', 'paper', 'paper']
-    assert profiles.place(9, 'quick') == 'quick' and profiles.place(9, 'paper') == 'paper'
+    assert [profiles.home_profile(t, 'cpu') for t in (1, 7, 8, 9)] == ['cpu', 'paper', 'paper', 'paper']
+    assert profiles.home_profile(9, 'quick') == 'quick' and profiles.home_profile(9, 'paper') == 'paper'

@@ -93,7 +93,7 @@ def test_a_relative_profile_makes_a_table_and_says_where(tmp_path, monkeypatch, 
 def test_stopped_and_failed_commands_say_so_in_a_line(monkeypatch, capsys):
     for error, code in ((KeyboardInterrupt(), 130), (RuntimeError('shard 3 failed'), 2), (OSError('disk full'), 2)):
         def broken(*args, error=error): raise error
-        monkeypatch.setattr(report, 'make', broken)
+        monkeypatch.setattr(report, 'make_table', broken)
         assert report.main(['make', '1', 'quick']) == code and capsys.readouterr().err.count('\n') == 1
 
 
@@ -124,7 +124,7 @@ def test_committed_pages_agree_with_their_numbers(path):
 
 
 def test_the_list_of_results_is_that_of_its_pages():
-    assert (profiles.ROOT / 'results/README.md').read_text() == report.summary(report.pages(profiles.ROOT / 'results'))
+    assert (profiles.ROOT / 'results/README.md').read_text() == report.list_of_tables(report.all_pages(profiles.ROOT / 'results'))
 
 
 @pytest.mark.parametrize('path', [p for p in COMMITTED if p.with_suffix('.safetensors').exists()], ids=lambda path: f'{path.parent.name}-{path.stem}')

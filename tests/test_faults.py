@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 psutil = pytest.importorskip('psutil')
-from rab_nb import cli, experiments, store, workers
+from rab_nb import cli, experiments, store, workers  # noqa: F401 (experiments registers the kinds of runs)
 
 pytestmark = pytest.mark.faults
 BIN = Path(sys.executable).parent
@@ -79,7 +79,7 @@ def until(condition, what, seconds=240):
 def written(settings, store): return {p.name: p.stat().st_ino for p in workers.open_run(settings, store, 'cpu').folder.glob('0*.safetensors')}
 
 
-def workers(process):
+def worker_processes(process):
     "The worker processes of a client (its helper that tracks resources is none)."
     with contextlib.suppress(psutil.NoSuchProcess):
         return [p for p in psutil.Process(process.pid).children(recursive=True) if 'popen_loky' in ' '.join(p.cmdline())]
@@ -94,8 +94,8 @@ def test_worker_killed(settings, tmp_path, undisturbed, outcome):
     "kill -9 of a local worker in mid-shard, twice"
     run = client(settings, tmp_path, '--jobs', 2)
     for n in (1, 4):
-        until(lambda: len(written(settings, tmp_path)) >= n and len(workers(run)) == 2, 'a finished shard')
-        workers(run)[0].kill()
+        until(lambda: len(written(settings, tmp_path)) >= n and len(worker_processes(run)) == 2, 'a finished shard')
+        worker_processes(run)[0].kill()
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors
     complete(settings, tmp_path, undisturbed)
@@ -119,7 +119,7 @@ def test_client_killed(settings, tmp_path, undisturbed, outcome):
     "kill -9 of the client"
     run = client(settings, tmp_path, '--jobs', 2)
     until(lambda: len(written(settings, tmp_path)) >= 1, 'a finished shard')
-    orphans = workers(run)
+    orphans = worker_processes(run)
     run.kill(); run.wait()
     until(gone(orphans), 'the workers to end')
     before = written(settings, tmp_path)
@@ -137,7 +137,7 @@ def test_stop_request(settings, number, tmp_path, undisturbed, outcome):
     settings |= {'n_models': 60}
     run = client(settings, tmp_path, '--jobs', 2)
     until(lambda: len(written(settings, tmp_path)) >= 3, 'finished shards')
-    orphans = workers(run)
+    orphans = worker_processes(run)
     os.killpg(run.pid, number) if number == signal.SIGINT else run.terminate()
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 130 and 'stopped; finished shards are safe' in errors and 'Traceback' not in errors, errors
@@ -238,7 +238,7 @@ def test_dask_scheduler_killed(settings, cluster, tmp_path, undisturbed, outcome
 def test_dask_scheduler_gone(settings, tmp_path, outcome):
     "no Dask scheduler at the address"
     with pytest.raises(ConnectionError, match='no Dask scheduler answered at tcp://127.0.0.1:1 '):
-        list(workers.on_cluster([workers.Job(workers.open_run(settings, tmp_path), range(2))], 'tcp://127.0.0.1:1', patience=2))
+        list(workers.compute_on_cluster([workers.Job(workers.open_run(settings, tmp_path), range(2))], 'tcp://127.0.0.1:1', patience=2))
     outcome('a clear error after the time it was given')
 
 

@@ -111,7 +111,7 @@ def test_report_shows_names_as_text(tmp_path):
     page = {key: value if key in ('number', 'profile') else spoilt(value) for key, value in page.items()} | {'profile': 'paper'}
     (folder / 'table9.json').write_text(json.dumps(page))
     (folder / 'table9.png').write_bytes(source.with_suffix('.png').read_bytes())
-    text = report.report(tmp_path).read_text()
+    text = report.write_list(tmp_path).read_text()
     assert 'alert(1)' in text and '<script' not in text
     found = Tags(text)
     assert not found.tags & {'script', 'iframe', 'object', 'form'} and not {name for name in found.attributes if name.startswith('on')}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as budget, strategies as st
 
-from rab_nb import cli, experiments, profiles, store, workers
+from rab_nb import cli, experiments, store, workers
 from rab_nb.certificate import VoteStatistics, certify, certify_statistics
 from rab_nb.noise import GaussianNoise
 
@@ -78,7 +78,7 @@ def test_the_defaults_that_names_rest_on():
     import inspect
     from rab_nb import attacks, data, training
     from rab_nb.dp import DPSGD
-    defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in experiments.ALWAYS | experiments.MACHINE}
+    defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in experiments.ALWAYS_NAMED | experiments.MACHINE_SETTINGS}
     assert training.ENGINE == 3
     assert defaults(training.TrainSpec) == dict(n_classes=2, label_noise=0., start='own', test_noise='stream', test_sigma=None, dp=None, snapshots=())
     assert defaults(attacks.poison) == dict(source=None) and defaults(DPSGD) == dict(engine='ghost')
@@ -112,8 +112,8 @@ def test_hostile_ensemble_settings(change, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     "The shards that were computed."
-    said, compute_one = [], workers.compute
-    monkeypatch.setattr(workers, 'compute', lambda kind, settings, models: said.append((models.start, models.stop)) or compute_one(kind, settings, models))
+    said, compute_one = [], workers.compute_shard
+    monkeypatch.setattr(workers, 'compute_shard', lambda kind, settings, models: said.append((models.start, models.stop)) or compute_one(kind, settings, models))
     return said
 
 
@@ -226,7 +226,7 @@ def test_ensemble_runs_are_the_classifier(tmp_path):
 def test_worker_of_another_version_refuses(tmp_path):
     r = workers.open_run(DRILL, tmp_path)
     with pytest.raises(RuntimeError, match='this worker would compute something else'):
-        workers.compute(workers.KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
+        workers.compute_shard(workers.KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
 
 
 def test_an_error_in_a_shard_is_reported_and_leaves_nothing(tmp_path):
@@ -371,9 +371,9 @@ def test_rows_and_pairs(tmp_path, capsys):
 def test_a_run_in_progress_is_not_removed(tmp_path):
     r = compute(DRILL, tmp_path)
     held = store.claim(r.path(range(3)))
-    with pytest.raises(ValueError, match='is being computed right now'): store.remove(r)
+    with pytest.raises(ValueError, match='is being computed right now'): store.remove_run(r)
     held.release()
-    store.remove(r)
+    store.remove_run(r)
     assert not r.folder.exists()
 
 
