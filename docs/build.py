@@ -22,6 +22,7 @@ from links import Files, Names, Numbers, last_sentence, plain, rewrite
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ('paper', 'cpu')  # those whose results are committed, the nearest to the paper first
 TUTORIALS = ['own_data', 'own_model', 'certificate', 'scaling', 'errata']  # in reading order; others follow
+INTERNALS = ['stacked', 'pool', 'training', 'chi', 'votes', 'quantised', 'store', 'workers', 'experiments', 'profiles', 'tables', 'report', 'cli']
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.+?)\s*$', re.M)
 LIMIT = 30e6
 markdown = nbformat.v4.new_markdown_cell
@@ -53,11 +54,11 @@ def contents(paths):
     pick = lambda pattern: [page_of(path) for path in paths if re.match(pattern, path)]
     newest = {number: f'results/{profile}/table{number}' for number in '987654321'[::-1] for profile in reversed(PROFILES)
               if f'results/{profile}/table{number}.ipynb' in paths}
-    order = lambda page: TUTORIALS.index(Path(page).name) if Path(page).name in TUTORIALS else len(TUTORIALS)
+    order = lambda known: lambda page: known.index(Path(page).name) if Path(page).name in known else len(known)
     return {'Theory': pick(r'nbs/0\d\w?_'), 'Algorithms': pick(r'nbs/[1-9]\d\w?_'),
             'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values()) + pick(r'nbs/experiments/'),
-            'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order),
-            'Internals': pick(r'nbs/internals/'),
+            'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order(TUTORIALS)),
+            'Internals': sorted(pick(r'nbs/internals/'), key=order(INTERNALS)),
             'Reference': ['reference/index'], 'Project': ['contributing']}, newest
 
 
@@ -239,7 +240,7 @@ class Site:
 
     def reference_index(self):
         modules = [m for m in self.modules.values() if m.public]
-        modules.sort(key=lambda m: next((path for path in self.paths if page_of(path) == m.name), '~'))
+        modules.sort(key=lambda m: next((path for path in self.paths if Path(page_of(path)).name == m.name), '~'))
         entry = lambda m: f'## [rab_nb.{m.name}](/reference/{m.name}.md)\n\n{reference.escape(m.doc)}\n\n' + ', '.join(
             f'{{py:obj}}`{x.name} <rab_nb.{m.name}.{x.name}>`' for x in m.members)
         tree = '```{toctree}\n:hidden:\n\n' + '\n'.join(m.name for m in modules) + '\n```'

@@ -17,9 +17,11 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .ensemble import TrainSpec, Voter, draw_noise, draw_u, map_groups, noise_size, noisy_labels
+from .ensemble import Voter
 from .inputs import check_labels, check_rows, record_features, warn_scale
 from .noise import GaussianNoise, generator, rng
+from .pool import map_groups
+from .training import TrainSpec, draw_noise, draw_u, noise_size, noisy_labels
 
 # %% ../nbs/24_estimators.ipynb #24e50006
 def seeded(estimator, # a scikit-learn classifier, fitted or not

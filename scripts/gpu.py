@@ -119,10 +119,10 @@ def note(args, **row):
 
 def profile_file(args):
     "The profile, or a copy of it with another number of models."
-    from rab_nb import tables
+    from rab_nb import profiles
     if not args.models: return args.profile
     import yaml
-    profile = yaml.safe_load(tables.profile_path(args.profile).read_text())
+    profile = yaml.safe_load(profiles.profile_path(args.profile).read_text())
     for part in ('ensemble', 'dp'):
         for how in profile[part].values():
             if part == 'ensemble' or 'n_models' in how:
@@ -169,13 +169,13 @@ def same_as_cpu(args):
     "The same few networks on both: equal up to rounding in float32, near in bf16, the same bits twice, nothing that is not finite."
     from dataclasses import replace
     import numpy as np
-    from rab_nb import data, ensemble, models
+    from rab_nb import data, models, training
     from rab_nb.noise import GaussianNoise
     task = data.load('digits', [0, 1])
-    spec = ensemble.TrainSpec(models.digits_cnn, DrawnOnCpu(GaussianNoise(.5)), epochs=2, batch_size=32,
+    spec = training.TrainSpec(models.digits_cnn, DrawnOnCpu(GaussianNoise(.5)), epochs=2, batch_size=32,
                               lr=1e-3, precision='float32', device='cpu')
     def answers(**change):
-        shard = ensemble.train_shard(replace(spec, **change), task.x_train, task.y_train,
+        shard = training.train_shard(replace(spec, **change), task.x_train, task.y_train,
                                      {'test': task.x_test}, range(4))
         return shard['probabilities']['test']
     cpu, wrong = answers(stack=1), 0
@@ -222,10 +222,10 @@ def ceilings(args):
 
 def networks(args):
     "Training settings and some data of Tables 1, 4, 2 and 5, where the data are here."
-    from rab_nb import runs, tables
+    from rab_nb import experiments, profiles
     for table in (1, 4, 2, 5):
-        settings = next(s for s in tables.settings_for(table, profile_file(args)) if s['kind'] == 'dnn')
-        try: yield table, settings, runs.poisoned_task(settings)
+        settings = next(s for s in profiles.settings_for(table, profile_file(args)) if s['kind'] == 'dnn')
+        try: yield table, settings, experiments.poisoned_task(settings)
         except (ValueError, OSError) as error: print(f'table {table}: {error}', flush=True)
 
 
@@ -233,14 +233,14 @@ def measure(args):
     "Ceilings, sample visits per second of the tables' networks, and where the time of a step goes."
     from dataclasses import replace
     import torch
-    from rab_nb import ensemble, runs
+    from rab_nb import experiments, training
     ceilings(args)
     for table, settings, task in networks(args):
         steps = 20 if args.device == 'cuda' else 2
-        spec = replace(runs.train_spec(settings, args.device), epochs=1, n_classes=task.n_classes)
+        spec = replace(experiments.train_spec(settings, args.device), epochs=1, n_classes=task.n_classes)
         n = min(len(task.x_train), steps * spec.batch_size)
-        spec = ensemble.resolved(spec, (n, *task.x_train.shape[1:]))
-        train = lambda: ensemble.train_shard(spec, task.x_train[:n], task.y_train[:n], {}, range(spec.stack))
+        spec = training.resolved(spec, (n, *task.x_train.shape[1:]))
+        train = lambda: training.train_shard(spec, task.x_train[:n], task.y_train[:n], {}, range(spec.stack))
         s = seconds_of(train, args, repeats=1)
         note(args, what='training', table=table, device=args.device, precision=spec.precision,
              stack=spec.stack, visits_per_second=n * spec.stack / s, seconds=s)
@@ -255,7 +255,7 @@ def measure(args):
 
 def table(args, number):
     "Blocks of a table; of Table 2 the first row and pair only."
-    from rab_nb.runs import main
+    from rab_nb.cli import main
     few = ['--rows', '1', '--pairs', '1'] if number == 2 else ['--rows',
                                                                *map(str, args.rows)] if args.rows else []
     beside = ['--beside', *args.beside] if args.beside else []

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from rab_nb.dp import DPSGD, check_layers, check_samples, clipped_sum, epsilon, gaussian_epsilon, ghost
-from rab_nb.ensemble import RABClassifier, TrainSpec, gradient, loss_per_sample, resolved, train_shard
+from rab_nb.ensemble import RABClassifier
+from rab_nb.training import TrainSpec, gradient, loss_per_sample, resolved, train_shard
 from rab_nb.models import digits_cnn, mlp, mnist_cnn, preact_resnet, small_resnet
 from rab_nb.noise import GaussianNoise, generator
 from rab_nb.stacked import Stack

@@ -20,7 +20,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 
-from rab_nb import ensemble, models
+from rab_nb import ensemble, models, training
 from rab_nb.attacks import OnePixel, poison
 from rab_nb.data import load
 from rab_nb.dp import DPSGD
@@ -89,7 +89,7 @@ def test_training_is_that_of_a_plain_loop(make, shape, stack, changes):
     s = resolved(spec(module=make, stack=stack, precision='float32', batch_size=8, lr=1e-3, **changes))
     shard = train_shard(s, x, y, dict(train=x), range(3), keep_models=True)
     for k in range(3):
-        net = plain_loop(ensemble.initial_module(make, 0, 0 if s.start == 'shared' else k), s, x, y, k)
+        net = plain_loop(training.initial_module(make, 0, 0 if s.start == 'shared' else k), s, x, y, k)
         for name, p in net.state_dict().items():
             assert np.abs(shard['models'][name][k] - p.numpy()).max() < 2e-4, (name, k)
 
@@ -150,14 +150,14 @@ def test_bits_do_not_depend_on_global_state():
 
 
 def test_interrupted_and_resumed_is_uninterrupted(monkeypatch):
-    whole, real, calls = probabilities(classifier()), ensemble.train_group, []
+    whole, real, calls = probabilities(classifier()), training.train_group, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ensemble, 'train_group', interrupted)
+    monkeypatch.setattr(training, 'train_group', interrupted)
     clf = classifier(warm_start=True)
     with pytest.raises(KeyboardInterrupt): probabilities(clf)
     assert np.array_equal(clf.model_probabilities(X[200:220]), whole[:4])
@@ -218,14 +218,14 @@ def test_snapshots_are_shorter_trainings():
 
 
 @pytest.mark.parametrize('noise', [GaussianNoise(.5), UniformNoise(-1., 1.), LaplaceNoise(.3)])
-@pytest.mark.parametrize('whole', [ensemble.WHOLE, 10])
+@pytest.mark.parametrize('whole', [training.WHOLE, 10])
 def test_noise_kept_and_noise_drawn_again_are_the_same_bits(noise, whole, monkeypatch):
     "Whole draws and one stream per row; the smallest bound holds one batch, and the last batch of an epoch is smaller."
-    monkeypatch.setattr(ensemble, 'WHOLE', whole)
+    monkeypatch.setattr(training, 'WHOLE', whole)
     s, evals = resolved(spec(noise=noise, label_noise=.2)), dict(test=X[60:70])
     kept = train_shard(s, X[:50], Y[:50], evals, range(4))
-    need, batch = ensemble.group_bytes(s, 50, (1, 8, 8)), 4 * 4 * 32 * 64
-    monkeypatch.setattr(ensemble, 'smoothed_rows', counted := Counted(ensemble.smoothed_rows))
+    need, batch = training.group_bytes(s, 50, (1, 8, 8)), 4 * 4 * 32 * 64
+    monkeypatch.setattr(training, 'smoothed_rows', counted := Counted(training.smoothed_rows))
     drawn = train_shard(replace(s, max_memory=need + batch), X[:50], Y[:50], evals, range(4))
     assert counted.calls == 4  # two batches in each of two epochs
     assert np.array_equal(kept['probabilities']['test'], drawn['probabilities']['test']) and kept['hashes'] == drawn['hashes']
@@ -241,12 +241,12 @@ class Counted:
 
 def test_noise_does_not_depend_on_the_stack():
     rows = torch.rand(20, 9)
-    alone, together = (ensemble.smoothed_rows(resolved(spec(stack=m)), rows, range(m)) for m in (1, 7))
+    alone, together = (training.smoothed_rows(resolved(spec(stack=m)), rows, range(m)) for m in (1, 7))
     assert torch.equal(alone[0], together[0])
 
 
 def test_max_memory_is_no_part_of_a_runs_identity():
-    assert ensemble.identity(spec(max_memory=10**9)) == ensemble.identity(spec())
+    assert training.identity(spec(max_memory=10**9)) == training.identity(spec())
     assert 'max_memory' not in repr(spec(max_memory=10**9))
     bounded = classifier(max_memory=10**7)
     assert np.array_equal(probabilities(bounded), probabilities(classifier()))
@@ -260,7 +260,7 @@ PEAK = """
 import re, sys
 sys.path.insert(0, {folder!r})
 from test_ensemble import *
-from rab_nb.ensemble import group_bytes
+from rab_nb.training import group_bytes
 
 def status(key): return 1024 * int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1])
 
@@ -292,7 +292,7 @@ def test_peak_memory_is_what_was_estimated_and_allowed(module, stack, n, shape, 
 
 def test_too_little_memory_names_the_remedies(monkeypatch):
     def full(*args): raise error
-    monkeypatch.setattr(ensemble, 'train', full)
+    monkeypatch.setattr(training, 'train', full)
     for error in (torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()):
         with pytest.raises(MemoryError, match='4 models side by side do not fit on cpu; give a smaller stack, or max_memory'): train_shard(spec(), X[:50], Y[:50], {}, [0])
     error = RuntimeError('something else')
@@ -307,7 +307,7 @@ def test_automatic_stack_of_a_gpu_follows_its_total_memory(module, shape, gigaby
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gigabytes * 10**9))
     s = spec(module=module, device='cuda', batch_size=128 if module is models.mnist_cnn else 64)
     size = sum(p.numel() for p in module().parameters())
-    assert ensemble.auto_stack(s, size, shape) == expected
+    assert training.auto_stack(s, size, shape) == expected
 
 
 def test_a_large_network_at_224_pixels_is_not_stacked_on_any_gpu_of_today(monkeypatch):
@@ -315,7 +315,7 @@ def test_a_large_network_at_224_pixels_is_not_stacked_on_any_gpu_of_today(monkey
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=141 * 10**9))
     layers = [nn.Conv2d(3, 32, 7, 2, 3), *(layer for _ in range(4) for layer in (nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)))]
     s = spec(module=lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 1)), device='cuda', batch_size=64)
-    assert ensemble.auto_stack(s, 41_761, (20_000, 3, 224, 224)) in (1, 5) and ensemble.auto_stack(s, 41_761) == 50
+    assert training.auto_stack(s, 41_761, (20_000, 3, 224, 224)) in (1, 5) and training.auto_stack(s, 41_761) == 50
 
 
 def test_read_only_arrays_are_copied_in_silence(tmp_path):
@@ -399,8 +399,8 @@ class Tied(nn.Module):
 @pytest.mark.parametrize('stack', [1, 3])
 def test_shared_parameters_stay_shared(stack):
     s = resolved(spec(module=Tied, stack=stack, precision='float32'))
-    trained = ensemble.train(s, X[:50], Y[:50], range(stack))
-    plain, x = plain_loop(ensemble.initial_module(Tied, 0), s, X[:50], Y[:50], 0), torch.from_numpy(X[:5])
+    trained = training.train(s, X[:50], Y[:50], range(stack))
+    plain, x = plain_loop(training.initial_module(Tied, 0), s, X[:50], Y[:50], 0), torch.from_numpy(X[:5])
     for name, weight in plain.named_parameters(): torch.testing.assert_close(trained.weights[name].detach().reshape(-1, *weight.shape)[0], weight.detach(), atol=1e-4, rtol=0)
     torch.testing.assert_close(trained(x.expand(stack, *x.shape))[0].detach(), plain(x).detach(), atol=1e-3, rtol=0)
 
@@ -544,19 +544,19 @@ def test_each_model_has_its_own_labels():
     "Every other class equally often; an infinite scale of noise would not show it, a copied label would."
     x, y = digits(10)
     s = spec(n_classes=10, label_noise=.6)
-    given = torch.stack([ensemble.noisy_labels(s, torch.from_numpy(y), k) for k in range(50)])
+    given = torch.stack([training.noisy_labels(s, torch.from_numpy(y), k) for k in range(50)])
     moved = (given - torch.from_numpy(y)) % 10
     shares = torch.bincount(moved.flatten(), minlength=10) / moved.numel()
     assert abs(shares[0] - .4) < .01 and (shares[1:] - .6 / 9).abs().max() < .005
     assert len({tuple(row) for row in given.tolist()}) == 50
     agree = (given[0] == given[1]).double().mean()
     assert abs(agree - (.4**2 + .6**2 / 9)) < .03  # as for independent draws
-    assert torch.equal(given[7], ensemble.noisy_labels(s, torch.from_numpy(y), 7))
+    assert torch.equal(given[7], training.noisy_labels(s, torch.from_numpy(y), 7))
 
 
 def test_models_learn_the_labels_that_they_are_given(monkeypatch):
     "With every label inverted for the odd models they answer the opposite."
-    monkeypatch.setattr(ensemble, 'noisy_labels', lambda s, y, k: 1 - y if k % 2 else y)
+    monkeypatch.setattr(training, 'noisy_labels', lambda s, y, k: 1 - y if k % 2 else y)
     settings = dict(epochs=6, lr=1e-2, noise=GaussianNoise(.2), test_noise='none')
     for stack in (1, 4):
         p = train_shard(spec(stack=stack, **settings), X[:200], Y[:200], dict(test=X[200:]), range(4))['probabilities']['test']
@@ -568,12 +568,12 @@ def test_models_learn_the_labels_that_they_are_given(monkeypatch):
                                          (dict(noise=LaplaceNoise(1.), test_sigma=2), GaussianNoise(2.)), (dict(test_sigma=0), None), (dict(test_noise='none'), None)])
 def test_what_u_is_drawn_from(change, law):
     s = spec(**change)
-    u = ensemble.draw_u(s, 300, range(40), ['00'] * 40)[:, 0].numpy().astype(float)
+    u = training.draw_u(s, 300, range(40), ['00'] * 40)[:, 0].numpy().astype(float)
     if law is None: return np.testing.assert_array_equal(u, 0)
     cdf = {'GaussianNoise': lambda: stats.norm(0, law.sigma).cdf, 'UniformNoise': lambda: stats.uniform(-1, 2).cdf}[type(law).__name__]()
     assert stats.kstest(u.ravel(), cdf).pvalue > 1e-3
     assert np.abs(np.corrcoef(u) - np.eye(40)).max() < .3 and len(np.unique(u[:, 0])) == 40
-    assert np.array_equal(u[3:5], ensemble.draw_u(s, 300, [3, 4], ['aa', 'bb'])[:, 0].numpy())
+    assert np.array_equal(u[3:5], training.draw_u(s, 300, [3, 4], ['aa', 'bb'])[:, 0].numpy())
 
 
 def test_u_of_a_stream_does_not_depend_on_the_trained_model():
@@ -598,7 +598,7 @@ FRAGILE = .0
 
 @pytest.mark.parametrize('stack', [1, 4])
 def test_models_that_diverged_stay_with_the_worst_answer(stack, monkeypatch):
-    lost = [float(ensemble.initial_module(Fragile, 0, k).linear.weight[0, 0].detach()) > 0 for k in range(12)]
+    lost = [float(training.initial_module(Fragile, 0, k).linear.weight[0, 0].detach()) > 0 for k in range(12)]
     assert 2 < sum(lost) < 10 and not all(lost[:4])
     train, evals = (X[:100], Y[:100]), dict(test=X[200:220])
     s = spec(module=Fragile, stack=1, lr=1e-12)
@@ -672,9 +672,9 @@ NETWORKS = [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)), (mo
 def test_a_step_asks_the_device_for_no_number(make, shape, stack):
     "On the device `meta` there are none."
     s = spec(module=make, precision='float32')
-    net, d = ensemble.Stack(make(), stack, 'meta'), int(np.prod(shape))
+    net, d = training.Stack(make(), stack, 'meta'), int(np.prod(shape))
     slab, targets = torch.zeros(stack * 20, d, device='meta'), torch.zeros(stack * 20, dtype=torch.int64, device='meta')
-    step = ensemble.training_step(s, net, shape, range(stack), slab, targets)
+    step = training.training_step(s, net, shape, range(stack), slab, targets)
     for b in (5, 2): step(torch.zeros(stack * b, dtype=torch.int64, device='meta'), 1)
     with pytest.raises((RuntimeError, NotImplementedError)): net.flat.sum().item()
 
@@ -688,11 +688,11 @@ def test_recorded_steps_are_the_steps(how, change, monkeypatch):
         made.append(function)
         if how == 'refused': raise RuntimeError('operation not permitted when stream is capturing')
         return function
-    if 'max_memory' in change: change = dict(max_memory=ensemble.group_bytes(resolved(spec()), 100, (1, 8, 8)) + 4 * 4 * 32 * 64)
+    if 'max_memory' in change: change = dict(max_memory=training.group_bytes(resolved(spec()), 100, (1, 8, 8)) + 4 * 4 * 32 * 64)
     s = resolved(spec(epochs=4, **change))
     plain = train_shard(s, X[:100], Y[:100], {}, range(4))['hashes']
-    monkeypatch.setattr(ensemble, '_may_record', lambda *args: True)
-    monkeypatch.setattr(ensemble, 'cuda_graph', record)
+    monkeypatch.setattr(training, '_may_record', lambda *args: True)
+    monkeypatch.setattr(training, 'cuda_graph', record)
     assert train_shard(s, X[:100], Y[:100], {}, range(4))['hashes'] == plain
     assert len(made) == 2  # 32 rows, and the last 4
 
@@ -712,16 +712,16 @@ def test_float32_is_float32_and_the_flags_come_back(change):
 from test_ensemble import *
 before = train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes']
 {change}
-theirs, seen, real = flags(), [], ensemble.gradient
+theirs, seen, real = flags(), [], training.gradient
 def watched(*args):
     seen.append((flags(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
     return real(*args)
-ensemble.gradient = watched
+training.gradient = watched
 assert train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes'] == before
 assert flags() == theirs, (flags(), theirs)
 assert all(v in ('ieee', None) for v in seen[0][0][:-2]) and seen[0][0][-2:] == [True, False] and seen[0][1:] == ('highest', False, False), seen[0]
 try:
-    with ensemble.exact_float32(): raise KeyError
+    with training.exact_float32(): raise KeyError
 except KeyError: pass
 assert flags() == theirs
 """
@@ -750,16 +750,16 @@ class LaterSpec(TrainSpec):
 
 def test_a_new_option_renames_no_run():
     later = LaterSpec(**(dict(module=models.digits_cnn, noise=GaussianNoise(.5)) | SETTINGS))
-    assert ensemble.identity(later) == ensemble.identity(spec())
-    assert ensemble.identity(replace(later, option='other')) != ensemble.identity(later)
-    assert ensemble.identity(spec())['engine'] == ensemble.ENGINE
-    assert 'start' not in ensemble.identity(spec()) and ensemble.identity(spec(start='shared'))['start'] == 'shared'
-    names = [ensemble.identity(spec(**c)) for c in ({}, dict(start='shared'), dict(test_noise='hash'), dict(test_noise='none'), dict(test_sigma=.1), dict(test_sigma=0.),
+    assert training.identity(later) == training.identity(spec())
+    assert training.identity(replace(later, option='other')) != training.identity(later)
+    assert training.identity(spec())['engine'] == training.ENGINE
+    assert 'start' not in training.identity(spec()) and training.identity(spec(start='shared'))['start'] == 'shared'
+    names = [training.identity(spec(**c)) for c in ({}, dict(start='shared'), dict(test_noise='hash'), dict(test_noise='none'), dict(test_sigma=.1), dict(test_sigma=0.),
                                                     dict(label_noise=.1), dict(random_state=1), dict(lr=1e-4), dict(noise=GaussianNoise(1.)), dict(dp=DPSGD(1., 1.)), dict(module=models.mnist_cnn))]
     assert len({json.dumps(name, sort_keys=True) for name in names}) == len(names)
-    for c in (dict(stack=7), dict(precision='bf16'), dict(max_memory=10**9)): assert ensemble.identity(spec(**c)) == ensemble.identity(spec())
-    assert ensemble.identity(spec(epochs=np.int64(2), lr=np.float64(3e-3))) == ensemble.identity(spec())
-    assert ensemble.machine(spec(precision='float32')) == dict(device='cpu', precision='float32', stack=4)
+    for c in (dict(stack=7), dict(precision='bf16'), dict(max_memory=10**9)): assert training.identity(spec(**c)) == training.identity(spec())
+    assert training.identity(spec(epochs=np.int64(2), lr=np.float64(3e-3))) == training.identity(spec())
+    assert training.machine(spec(precision='float32')) == dict(device='cpu', precision='float32', stack=4)
 
 
 @pytest.mark.parametrize('change, message', [
@@ -829,20 +829,21 @@ class WholeBatch:
 def test_hook_for_private_gradients():
     a = train_shard(spec(dp=WholeBatch()), X[:100], Y[:100], {}, range(4))
     assert a['hashes'] == train_shard(spec(), X[:100], Y[:100], {}, range(4))['hashes']
-    assert ensemble.identity(spec(dp=WholeBatch()))['dp'] == 'WholeBatch()'
+    assert training.identity(spec(dp=WholeBatch()))['dp'] == 'WholeBatch()'
 
 
 def test_ensemble_does_not_import_its_hook():
-    names = [n for node in ast.walk(ast.parse((ROOT / 'rab_nb/ensemble.py').read_text())) if isinstance(node, ast.ImportFrom) for n in [node.module]]
-    assert 'dp' not in names
+    for module in ('ensemble', 'training'):
+        tree = ast.parse((ROOT / f'rab_nb/{module}.py').read_text())
+        assert 'dp' not in [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
 
 
 @pytest.fixture
 def same_noise(monkeypatch):
     "CPU and CUDA draw different numbers; here both get the CPU's."
     def drawn_on_cpu(s, rows, k, i=None): return draw(s, rows.cpu(), k, i if i is None else i.cpu()).to(rows.device)
-    draw = ensemble.draw_noise
-    monkeypatch.setattr(ensemble, 'draw_noise', drawn_on_cpu)
+    draw = training.draw_noise
+    monkeypatch.setattr(training, 'draw_noise', drawn_on_cpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -851,20 +852,20 @@ def same_noise(monkeypatch):
 def test_cuda_trains_the_same_networks_up_to_rounding(make, shape, stack, same_noise):
     rng = np.random.default_rng(0)
     x, y = rng.random((40, *shape), dtype=np.float32), rng.integers(0, 2, 40)
-    states = [ensemble.state(ensemble.train(resolved(spec(module=make, device=d, precision='float32', stack=stack, lr=1e-3)), x, y, range(stack))) for d in ('cpu', 'cuda')]
+    states = [training.state(training.train(resolved(spec(module=make, device=d, precision='float32', stack=stack, lr=1e-3)), x, y, range(stack))) for d in ('cpu', 'cuda')]
     for k in states[0]: torch.testing.assert_close(states[0][k], states[1][k].cpu(), atol=5e-4, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('dp', [None, DPSGD(1., .5)])
-@pytest.mark.parametrize('whole_rows', [ensemble.WHOLE, 10])
+@pytest.mark.parametrize('whole_rows', [training.WHOLE, 10])
 def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp, whole_rows, monkeypatch):
-    monkeypatch.setattr(ensemble, 'WHOLE', whole_rows)
+    monkeypatch.setattr(training, 'WHOLE', whole_rows)
     s, evals = resolved(spec(device='cuda', dp=dp)), dict(test=X[60:70])
     whole = train_shard(s, X[:50], Y[:50], evals, range(8))
     again = train_shard(s, X[:50], Y[:50], evals, [6, 1])
     assert np.array_equal(again['probabilities']['test'], whole['probabilities']['test'][[6, 1]]) and again['hashes'][0] == whole['hashes'][6]
-    bound = ensemble.group_bytes(s, 50, (1, 8, 8)) + 4 * 4 * 32 * 64
+    bound = training.group_bytes(s, 50, (1, 8, 8)) + 4 * 4 * 32 * 64
     assert train_shard(replace(s, max_memory=bound), X[:50], Y[:50], evals, range(8))['hashes'] == whole['hashes']
 
 
@@ -872,7 +873,7 @@ def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp, whole_rows, m
 @pytest.mark.parametrize('whole', [True, False])
 def test_cuda_steps_do_not_wait_for_the_device(whole, monkeypatch):
     "Neither the first of them, nor those that are replayed; with rows that are kept, and with rows drawn again."
-    waits, real = [], ensemble.training_step
+    waits, real = [], training.training_step
 
     def watched(*args):
         step = real(*args)
@@ -883,10 +884,10 @@ def test_cuda_steps_do_not_wait_for_the_device(whole, monkeypatch):
             waits.append(number)
         return run
 
-    monkeypatch.setattr(ensemble, 'training_step', watched)
+    monkeypatch.setattr(training, 'training_step', watched)
     s = resolved(spec(device='cuda', epochs=4))
-    bound = None if whole else ensemble.group_bytes(s, 100, (1, 8, 8)) + 4 * 4 * 32 * 64
-    ensemble.train(replace(s, max_memory=bound), X[:100], Y[:100], range(4))
+    bound = None if whole else training.group_bytes(s, 100, (1, 8, 8)) + 4 * 4 * 32 * 64
+    training.train(replace(s, max_memory=bound), X[:100], Y[:100], range(4))
     assert waits
 
 
@@ -894,14 +895,14 @@ def test_cuda_steps_do_not_wait_for_the_device(whole, monkeypatch):
 @pytest.mark.parametrize('make, shape', [(models.mnist_cnn, (1, 28, 28)), (with_batch_norm, (3, 8, 8))])
 @pytest.mark.parametrize('precision', ['float32', 'bf16'])
 def test_cuda_graphs_are_recorded_and_change_no_bit(make, shape, precision, monkeypatch):
-    rng, kept, real = np.random.default_rng(0), [], ensemble.cuda_graph
+    rng, kept, real = np.random.default_rng(0), [], training.cuda_graph
     x, y = rng.random((40, *shape), dtype=np.float32), rng.integers(0, 2, 40)
     s = resolved(spec(module=make, device='cuda', precision=precision, epochs=6))
-    monkeypatch.setattr(ensemble, 'cuda_graph', lambda f: kept.append(real(f)) or kept[-1])
-    replayed = ensemble.hashes(ensemble.state(ensemble.train(s, x, y, range(4))))
+    monkeypatch.setattr(training, 'cuda_graph', lambda f: kept.append(real(f)) or kept[-1])
+    replayed = training.hashes(training.state(training.train(s, x, y, range(4))))
     assert len(kept) == 2  # 32 rows and 8 rows
-    monkeypatch.setattr(ensemble, '_may_record', lambda *args: False)
-    assert ensemble.hashes(ensemble.state(ensemble.train(s, x, y, range(4)))) == replayed
+    monkeypatch.setattr(training, '_may_record', lambda *args: False)
+    assert training.hashes(training.state(training.train(s, x, y, range(4)))) == replayed
 
 
 @pytest.mark.slow

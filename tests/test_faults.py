@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 psutil = pytest.importorskip('psutil')
-from rab_nb import runs, store
+from rab_nb import cli, experiments, store, workers  # noqa: F401 (experiments registers the kinds of runs)
 
 pytestmark = pytest.mark.faults
 BIN = Path(sys.executable).parent
@@ -44,15 +44,15 @@ def undisturbed(tmp_path_factory):
     "Arrays of the same run without any fault, in another store and without the pauses."
     cache = {}
     def arrays(settings):
-        key = runs.canonical(settings)
-        if key not in cache: cache[key] = runs.run(settings, tmp_path_factory.mktemp('undisturbed'), n_jobs=1, device='cpu', progress=False)
+        key = store.canonical(settings)
+        if key not in cache: cache[key] = workers.run(settings, tmp_path_factory.mktemp('undisturbed'), n_jobs=1, device='cpu', progress=False)
         return {name: cache[key].arrays(name) for name in cache[key].read(cache[key].shards[0])[0]}
     return lambda settings: arrays(settings | {'seconds': 0} if settings['kind'] == 'drill' else settings)
 
 
 def complete(settings, store, undisturbed, **how):
     "Run (again) and compare every array with the undisturbed run."
-    r = runs.run(settings, store, device='cpu', progress=False, **({'n_jobs': 1} | how))
+    r = workers.run(settings, store, device='cpu', progress=False, **({'n_jobs': 1} | how))
     for name, expected in undisturbed(settings).items(): np.testing.assert_array_equal(r.arrays(name), expected)
     assert r.missing() == []
     assert sorted(p.name for p in r.folder.iterdir()) == sorted([r.path(s).name for s in r.shards] + ['settings.json'])
@@ -76,13 +76,13 @@ def until(condition, what, seconds=240):
     return value
 
 
-def written(settings, store): return {p.name: p.stat().st_ino for p in runs.open_run(settings, store, 'cpu').folder.glob('0*.safetensors')}
+def written(settings, store): return {p.name: p.stat().st_ino for p in workers.open_run(settings, store, 'cpu').folder.glob('0*.safetensors')}
 
 
-def workers(process):
+def worker_processes(process):
     "The worker processes of a client (its helper that tracks resources is none)."
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [p for p in psutil.Process(process.pid).children(recursive=True) if 'spawn_main' in ' '.join(p.cmdline())]
+        return [p for p in psutil.Process(process.pid).children(recursive=True) if 'popen_loky' in ' '.join(p.cmdline())]
     return []
 
 
@@ -94,8 +94,8 @@ def test_worker_killed(settings, tmp_path, undisturbed, outcome):
     "kill -9 of a local worker in mid-shard, twice"
     run = client(settings, tmp_path, '--jobs', 2)
     for n in (1, 4):
-        until(lambda: len(written(settings, tmp_path)) >= n and len(workers(run)) == 2, 'a finished shard')
-        workers(run)[0].kill()
+        until(lambda: len(written(settings, tmp_path)) >= n and len(worker_processes(run)) == 2, 'a finished shard')
+        worker_processes(run)[0].kill()
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors
     complete(settings, tmp_path, undisturbed)
@@ -104,8 +104,8 @@ def test_worker_killed(settings, tmp_path, undisturbed, outcome):
 
 def test_shard_that_kills_its_worker(tmp_path, outcome):
     "a shard that ends every worker that tries it"
-    script = 'import os, sys; sys.path.insert(0, sys.argv[2])\nfrom rab_nb import runs; import deadly\n' \
-             'if __name__ == "__main__": runs.register("deadly", deadly.shard); runs.run(dict(kind="deadly", n_models=3, shard_size=1), sys.argv[1], n_jobs=2, progress=False)'
+    script = 'import os, sys; sys.path.insert(0, sys.argv[2])\nfrom rab_nb import workers; import deadly\n' \
+             'if __name__ == "__main__": workers.register("deadly", deadly.shard); workers.run(dict(kind="deadly", n_models=3, shard_size=1), sys.argv[1], n_jobs=2, progress=False)'
     (tmp_path / 'deadly.py').write_text('import os, numpy as np\ndef shard(settings, models):\n    if models.start == 1: os.kill(os.getpid(), 9)\n    return {"a": np.zeros(1)}\n')
     (tmp_path / 'main.py').write_text(script)
     done = subprocess.run([sys.executable, tmp_path / 'main.py', tmp_path, tmp_path], capture_output=True, text=True, timeout=240)
@@ -119,7 +119,7 @@ def test_client_killed(settings, tmp_path, undisturbed, outcome):
     "kill -9 of the client"
     run = client(settings, tmp_path, '--jobs', 2)
     until(lambda: len(written(settings, tmp_path)) >= 1, 'a finished shard')
-    orphans = workers(run)
+    orphans = worker_processes(run)
     run.kill(); run.wait()
     until(gone(orphans), 'the workers to end')
     before = written(settings, tmp_path)
@@ -137,7 +137,7 @@ def test_stop_request(settings, number, tmp_path, undisturbed, outcome):
     settings |= {'n_models': 60}
     run = client(settings, tmp_path, '--jobs', 2)
     until(lambda: len(written(settings, tmp_path)) >= 3, 'finished shards')
-    orphans = workers(run)
+    orphans = worker_processes(run)
     os.killpg(run.pid, number) if number == signal.SIGINT else run.terminate()
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 130 and 'stopped; finished shards are safe' in errors and 'Traceback' not in errors, errors
@@ -189,15 +189,15 @@ def test_dask_equals_local(settings, cluster, tmp_path, undisturbed, outcome):
 
 def table1(store, monkeypatch, **how):
     "Table 1 of the profile quick (one seed, 2 epochs) from a store, as the text of its csv file."
-    from rab_nb import tables
-    profile = tables.load_profile('quick') | dict(seeds=[0])
+    from rab_nb import profiles, tables
+    profile = profiles.load_profile('quick') | dict(seeds=[0])
     profile['ensemble']['mnist']['epochs'] = 2
-    rows = tables.rows_of(tables.spec(1), profile)
-    runs.run_all([s for row in rows for s in tables.runs_of(row, profile).values()], store, device='cpu', progress=False, **how)
+    rows = profiles.rows_of(profiles.spec(1), profile)
+    workers.run_all([s for row in rows for s in profiles.runs_of(row, profile).values()], store, device='cpu', progress=False, **how)
     monkeypatch.setenv('RAB_RUNS', str(store))
-    found = tables.finish(tables.spec(1), profile, compute=False, statistics=None)
+    found = tables.finish(profiles.spec(1), profile, compute=False, statistics=None)
     assert len(found) == len(rows) == 24
-    return tables.beside_paper(tables.with_means(tables.tidy(found, tables.spec(1))), tables.spec(1)).to_csv(index=False)
+    return tables.beside_paper(tables.with_means(tables.tidy(found, profiles.spec(1))), profiles.spec(1)).to_csv(index=False)
 
 
 def test_dask_table(cluster, tmp_path, monkeypatch, outcome):
@@ -238,7 +238,7 @@ def test_dask_scheduler_killed(settings, cluster, tmp_path, undisturbed, outcome
 def test_dask_scheduler_gone(settings, tmp_path, outcome):
     "no Dask scheduler at the address"
     with pytest.raises(ConnectionError, match='no Dask scheduler answered at tcp://127.0.0.1:1 '):
-        list(runs.on_cluster([runs.Job(runs.open_run(settings, tmp_path), range(2))], 'tcp://127.0.0.1:1', patience=2))
+        list(workers.compute_on_cluster([workers.Job(workers.open_run(settings, tmp_path), range(2))], 'tcp://127.0.0.1:1', patience=2))
     outcome('a clear error after the time it was given')
 
 
@@ -259,8 +259,8 @@ def test_dask_resources(cluster, tmp_path, outcome):
     def where(settings, models):
         from distributed import get_worker
         return {'worker': np.frombuffer(str(get_worker().name)[:8].encode(), np.uint8)[None]}
-    runs.register('where', where)
-    r = runs.run(dict(kind='where', n_models=4, shard_size=1, train={}), tmp_path, scheduler=cluster.address, device='cuda', progress=False)
+    workers.register('where', where)
+    r = workers.run(dict(kind='where', n_models=4, shard_size=1, train={}), tmp_path, scheduler=cluster.address, device='cuda', progress=False)
     assert {bytes(row) for row in r.arrays('worker')} == {b'with-gpu'}
     outcome('all shards were computed by that worker')
 
@@ -268,9 +268,9 @@ def test_dask_resources(cluster, tmp_path, outcome):
 def test_dask_shard_fails(cluster, tmp_path, outcome):
     "a file that the Dask workers do not have"
     def shard(settings, models): open('/there/is/no/such/file')
-    runs.register('failing', shard)
+    workers.register('failing', shard)
     with pytest.raises(RuntimeError, match='shard 0-0 of run .* failed on Dask: FileNotFoundError'):
-        runs.run(dict(kind='failing', n_models=1, shard_size=1), tmp_path, scheduler=cluster.address, progress=False)
+        workers.run(dict(kind='failing', n_models=1, shard_size=1), tmp_path, scheduler=cluster.address, progress=False)
     assert not list(tmp_path.rglob('*.part'))
     outcome('tried three times, then an error that names the shard and the file; not taken for a lost scheduler')
 
@@ -284,12 +284,12 @@ DAMAGE = {'truncated': lambda b, other: b[:len(b) // 2], 'bit-flipped': lambda b
 def test_damaged_shard(settings, how, tmp_path, undisturbed, outcome):
     "a shard file damaged on disk"
     settings |= {'seconds': 0}
-    r = runs.run(settings, tmp_path, n_jobs=1, progress=False)
-    other = runs.run(settings | {'n_points': 17}, tmp_path, n_jobs=1, progress=False)
+    r = workers.run(settings, tmp_path, n_jobs=1, progress=False)
+    other = workers.run(settings | {'n_points': 17}, tmp_path, n_jobs=1, progress=False)
     fifth = r.shards[4]
     r.path(fifth).write_bytes(DAMAGE[how](r.path(fifth).read_bytes(), other.path(fifth).read_bytes()))
-    with pytest.raises(runs.ShardError): r.arrays('probabilities')
-    assert runs.main(['runs', 'verify', '--store', str(tmp_path)]) == 1
+    with pytest.raises(store.ShardError): r.arrays('probabilities')
+    assert cli.main(['runs', 'verify', '--store', str(tmp_path)]) == 1
     before = written(settings, tmp_path)
     with pytest.warns(UserWarning, match='00008-00009.safetensors .*computed again'): complete(settings, tmp_path, undisturbed)
     assert [n for n, inode in written(settings, tmp_path).items() if before[n] != inode] == ['00008-00009.safetensors']
@@ -299,11 +299,11 @@ def test_damaged_shard(settings, how, tmp_path, undisturbed, outcome):
 def test_damaged_settings(settings, tmp_path, undisturbed, outcome):
     "settings.json damaged, or of another run"
     settings |= {'seconds': 0}
-    r = runs.run(settings, tmp_path, n_jobs=1, progress=False)
+    r = workers.run(settings, tmp_path, n_jobs=1, progress=False)
     for content in (b'', b'{', b'[' * 100_000, b'{"kind": "drill"}', b'\xff\xfe'):
         (r.folder / 'settings.json').write_bytes(content)
         r.path(r.shards[0]).unlink()
-        assert runs.main(['runs', 'list', '--store', str(tmp_path)]) == 1
+        assert cli.main(['runs', 'list', '--store', str(tmp_path)]) == 1
         complete(settings, tmp_path, undisturbed)
         assert store.read_settings(r.folder) == r.key
     outcome('listed as damaged, written again by the next run, result identical')
@@ -323,9 +323,9 @@ def test_disk_full(settings, tmp_path, undisturbed, outcome):
     "disk full in the middle of a run (a tmpfs of 256 kB)"
     settings |= {'seconds': 0, 'n_points': 2000}
     with small_disk(tmp_path / 'disk', 256 * 1024) as store:
-        with pytest.raises(OSError, match='no space left for the run store .*finished shards are safe') as e: runs.run(settings, store, n_jobs=1, progress=False)
+        with pytest.raises(OSError, match='no space left for the run store .*finished shards are safe') as e: workers.run(settings, store, n_jobs=1, progress=False)
         assert e.value.errno == errno.ENOSPC and not list(store.rglob('.*.part'))
-        assert runs.main(['runs', 'verify', '--store', str(store)]) == 0
+        assert cli.main(['runs', 'verify', '--store', str(store)]) == 0
         before = written(settings, store)
         assert 0 < len(before) < 12
         subprocess.run(['mount', '-o', 'remount,size=4M', store], check=True)
@@ -349,24 +349,24 @@ def test_read_only_store(settings, tmp_path, undisturbed, outcome):
     "a read-only store"
     settings |= {'seconds': 0}
     with small_disk(tmp_path / 'disk', 2**20) as store:
-        runs.run(settings, store, n_jobs=1, progress=False)
+        workers.run(settings, store, n_jobs=1, progress=False)
         subprocess.run(['mount', '-o', 'remount,ro', store], check=True)
         complete(settings, store, undisturbed)
-        with pytest.raises(PermissionError, match='cannot be written: pass another store or set RAB_RUNS'): runs.run(settings | {'n_models': 25}, store, n_jobs=1, progress=False)
+        with pytest.raises(PermissionError, match='cannot be written: pass another store or set RAB_RUNS'): workers.run(settings | {'n_models': 25}, store, n_jobs=1, progress=False)
     outcome('a finished run is read as ever; a new one is refused with what to do')
 
 
 # ---- clients and clocks -------------------------------------------------------------------------
 LOGGED = '''
 import os, sys, time, numpy as np
-from rab_nb import runs
+from rab_nb import workers
 def shard(settings, models):
     with open(sys.argv[2], 'a') as log: log.write(f'{models.start}\\n')
     time.sleep(.1)
     return {'a': np.full((1, 2, 2), models.start, np.float32)}
-runs.register('logged', shard)
+workers.register('logged', shard)
 print(flush=True); sys.stdin.readline()
-r = runs.run(dict(kind='logged', n_models=40, shard_size=1), sys.argv[1], n_jobs=1, progress=False)
+r = workers.run(dict(kind='logged', n_models=40, shard_size=1), sys.argv[1], n_jobs=1, progress=False)
 assert (r.arrays('a')[:, 0, 0] == np.arange(40)).all()
 '''
 
@@ -389,7 +389,7 @@ def test_two_clients(tmp_path, outcome):
 
 def test_clock_moved_back(settings, tmp_path, undisturbed, outcome):
     "files dated in the future, and a clock that runs backwards"
-    back = 'import sys, time, itertools; n = itertools.count(); time.time = lambda: 1e9 - next(n)\nfrom rab_nb.runs import main; sys.exit(main(sys.argv[1:]))'
+    back = 'import sys, time, itertools; n = itertools.count(); time.time = lambda: 1e9 - next(n)\nfrom rab_nb.cli import main; sys.exit(main(sys.argv[1:]))'
     settings |= {'seconds': .05}
     (tmp_path / 'wanted.json').write_text(json.dumps(settings))
     command = [sys.executable, '-c', back, 'run', '--settings', tmp_path / 'wanted.json', '--store', tmp_path, '--jobs', '1', '--quiet']
@@ -407,15 +407,15 @@ def test_clock_moved_back(settings, tmp_path, undisturbed, outcome):
 # ---- limits -------------------------------------------------------------------------------------
 MANY = '''
 import json, os, sys, psutil, numpy as np
-from rab_nb import runs
+from rab_nb import workers
 me, seen = psutil.Process(), []
-real = runs.Job.finish
+real = workers.Job.finish
 def finish(job, *a):
     real(job, *a)
     if job.models.start % 100 == 99: seen.append((me.memory_info().rss / 2**20, me.num_fds()))
-runs.Job.finish = finish
+workers.Job.finish = finish
 if __name__ == '__main__':
-    r = runs.run(dict(kind='drill', n_models=1000, shard_size=1, n_points=20_000), sys.argv[1], n_jobs=2, progress=False)
+    r = workers.run(dict(kind='drill', n_models=1000, shard_size=1, n_points=20_000), sys.argv[1], n_jobs=2, progress=False)
     r.statistics('probabilities')
     seen.append((me.memory_info().rss / 2**20, me.num_fds()))
     print(json.dumps(seen))

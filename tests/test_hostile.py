@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from rab_nb import report, tables
+from rab_nb import profiles, report
 from rab_nb.certificate import Certificate, certify
 from rab_nb.noise import GaussianNoise
 
@@ -69,13 +69,13 @@ def replaced(tree, rng):
 
 def test_five_hundred_profiles(tmp_path):
     "A profile from which every table's rows follow, or ValueError."
-    good, rng, refused, path = (tables.PROFILES / 'quick.yaml').read_text(), np.random.default_rng(0), 0, tmp_path / 'profile.yaml'
+    good, rng, refused, path = (profiles.PROFILES / 'quick.yaml').read_text(), np.random.default_rng(0), 0, tmp_path / 'profile.yaml'
     load = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
     for i in range(500):
         path.write_text(yaml.safe_dump(replaced(yaml.load(good, load), rng)))
-        try: profile = tables.load_profile(path)
+        try: profile = profiles.load_profile(path)
         except ValueError: refused += 1
-        else: assert set(tables.REQUIRED) < set(profile)
+        else: assert set(profiles.REQUIRED) < set(profile)
     assert 50 < refused < 500
 
 
@@ -83,7 +83,7 @@ def test_a_profile_that_explodes_is_refused(tmp_path):
     "A few hundred bytes of aliases that stand for a billion strings."
     bomb = 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(f'{n}: &{n} [{", ".join(["*" + m] * 9)}]\n' for m, n in zip('abcdefgh', 'bcdefghi'))
     (tmp_path / 'bomb.yaml').write_text(bomb)
-    with pytest.raises(ValueError): tables.load_profile(tmp_path / 'bomb.yaml')
+    with pytest.raises(ValueError): profiles.load_profile(tmp_path / 'bomb.yaml')
 
 
 class Tags(HTMLParser):
@@ -102,7 +102,7 @@ def test_report_shows_names_as_text(tmp_path):
     evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
     folder = tmp_path / 'paper'
     folder.mkdir()
-    source = min((tables.ROOT / 'results').glob('*/table9.json'), default=None)
+    source = min((profiles.ROOT / 'results').glob('*/table9.json'), default=None)
     if source is None: pytest.skip('no table has been run yet: make tables')
     def spoilt(value):
         if isinstance(value, str): return value + evil
@@ -111,7 +111,7 @@ def test_report_shows_names_as_text(tmp_path):
     page = {key: value if key in ('number', 'profile') else spoilt(value) for key, value in page.items()} | {'profile': 'paper'}
     (folder / 'table9.json').write_text(json.dumps(page))
     (folder / 'table9.png').write_bytes(source.with_suffix('.png').read_bytes())
-    text = report.report(tmp_path).read_text()
+    text = report.write_list(tmp_path).read_text()
     assert 'alert(1)' in text and '<script' not in text
     found = Tags(text)
     assert not found.tags & {'script', 'iframe', 'object', 'form'} and not {name for name in found.attributes if name.startswith('on')}

@@ -17,8 +17,8 @@ from sklearn.utils.estimator_checks import check_dataframe_column_names_consiste
 from torch.nn.utils import parametrizations
 
 from rab_nb import data
-from rab_nb.ensemble import LOOK, RABClassifier, TrainSpec, check_logits, check_outputs, loss_per_sample
-from rab_nb.ensemble import resolved, train_shard, warn_one_class
+from rab_nb.ensemble import LOOK, RABClassifier, warn_one_class
+from rab_nb.training import TrainSpec, check_logits, check_outputs, loss_per_sample, resolved, train_shard
 from rab_nb.knn import SmoothedKNNClassifier
 from rab_nb.models import digits_cnn, mlp
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise
@@ -474,9 +474,9 @@ def test_noise_that_drowns_the_data():
 
 
 def test_it_is_said_before_the_other_groups_are_trained(monkeypatch):
-    from rab_nb import ensemble
-    done, real = [], ensemble.train_group
-    monkeypatch.setattr(ensemble, 'train_group', lambda *a, **k: done.append(1) or real(*a, **k))
+    from rab_nb import training
+    done, real = [], training.train_group
+    monkeypatch.setattr(training, 'train_group', lambda *a, **k: done.append(1) or real(*a, **k))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         with pytest.raises(UserWarning, match='learnt nothing'):

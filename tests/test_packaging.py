@@ -57,4 +57,4 @@ for path in sorted(folder.glob('[a-z]*.py')):
     importlib.import_module('rab_nb.' + path.stem); print(path.stem)
 '''
     printed = run(python, '-c', script, cwd=tmp_path)
-    assert 'ensemble' in printed and 'runs' in printed
+    assert 'ensemble' in printed and 'workers' in printed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as budget, strategies as st
 
-from rab_nb import runs, store
+from rab_nb import cli, experiments, store, workers
 from rab_nb.certificate import VoteStatistics, certify, certify_statistics
 from rab_nb.noise import GaussianNoise
 
@@ -32,7 +32,7 @@ values = st.recursive(st.none() | st.booleans() | st.text(max_size=5) | st.integ
                       lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3), max_leaves=8)
 
 
-def compute(settings, store, **how): return runs.run(settings, store, **({'n_jobs': 1, 'device': 'cpu', 'progress': False} | how))
+def compute(settings, store, **how): return workers.run(settings, store, **({'n_jobs': 1, 'device': 'cpu', 'progress': False} | how))
 
 
 # ---- identity -----------------------------------------------------------------------------------
@@ -40,8 +40,8 @@ def compute(settings, store, **how): return runs.run(settings, store, **({'n_job
 @budget(deadline=None, max_examples=200)
 def test_canonical_survives_the_file(settings):
     "Text -> JSON -> text is the identity, and no float loses a bit."
-    text = runs.canonical(settings)
-    assert runs.canonical(json.loads(text)) == text
+    text = store.canonical(settings)
+    assert store.canonical(json.loads(text)) == text
     back = json.loads(text)
     def same(a, b):
         if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
@@ -51,12 +51,12 @@ def test_canonical_survives_the_file(settings):
 
 
 def test_equal_settings_have_one_identity():
-    assert runs.run_id({'a': 1, 'b': {'c': .1, 'd': [1, 2]}}) == runs.run_id({'b': {'d': (1., np.int64(2)), 'c': np.float64(.1)}, 'a': np.float32(1)})
+    assert store.run_id({'a': 1, 'b': {'c': .1, 'd': [1, 2]}}) == store.run_id({'b': {'d': (1., np.int64(2)), 'c': np.float64(.1)}, 'a': np.float32(1)})
 
 
 @pytest.mark.parametrize('change', [{'n_points': 6}, {'random_state': 1}, {'seconds': 1e-300}])
 def test_different_settings_have_different_identities(change, tmp_path):
-    assert runs.open_run(DRILL, tmp_path).id != runs.open_run(DRILL | change, tmp_path).id
+    assert workers.open_run(DRILL, tmp_path).id != workers.open_run(DRILL | change, tmp_path).id
 
 
 @pytest.mark.parametrize('change', [{'n_models': 8}, {'shard_size': 2}, {'module': {'name': 'digits_cnn', 'width': 16}}, {'attack': TINY['attack'] | {'source': None}},
@@ -64,31 +64,31 @@ def test_different_settings_have_different_identities(change, tmp_path):
                                     {'data': TINY['data'] | {'download': True}}])
 def test_sizes_and_defaults_are_no_part_of_a_name(change, tmp_path):
     "An option that is invented tomorrow is at its default in every run of today."
-    assert runs.open_run(TINY, tmp_path, 'cpu').id == runs.open_run(TINY | change, tmp_path, 'cpu').id
+    assert workers.open_run(TINY, tmp_path, 'cpu').id == workers.open_run(TINY | change, tmp_path, 'cpu').id
 
 
 @pytest.mark.parametrize('change', [{'train': TINY['train'] | {'epochs': 2}}, {'train': TINY['train'] | {'label_noise': .1}}, {'train': TINY['train'] | {'precision': 'bf16'}},
                                     {'module': {'name': 'digits_cnn', 'width': 4}}, {'noise': 'GaussianNoise(sigma=1.5)'}, {'data': TINY['data'] | {'random_state': 1}}])
 def test_whatever_changes_numbers_changes_the_name(change, tmp_path):
-    assert runs.open_run(TINY, tmp_path, 'cpu').id != runs.open_run(TINY | change, tmp_path, 'cpu').id
+    assert workers.open_run(TINY, tmp_path, 'cpu').id != workers.open_run(TINY | change, tmp_path, 'cpu').id
 
 
 def test_the_defaults_that_names_rest_on():
-    "Names leave these out: whoever changes one of them gives old blocks to other runs, unless ensemble.ENGINE is raised."
+    "Names leave these out: whoever changes one of them gives old blocks to other runs, unless training.ENGINE is raised."
     import inspect
-    from rab_nb import attacks, data, ensemble
+    from rab_nb import attacks, data, training
     from rab_nb.dp import DPSGD
-    defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in runs.ALWAYS | runs.MACHINE}
-    assert ensemble.ENGINE == 3
-    assert defaults(ensemble.TrainSpec) == dict(n_classes=2, label_noise=0., start='own', test_noise='stream', test_sigma=None, dp=None, snapshots=())
+    defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in experiments.ALWAYS_NAMED | experiments.MACHINE_SETTINGS}
+    assert training.ENGINE == 3
+    assert defaults(training.TrainSpec) == dict(n_classes=2, label_noise=0., start='own', test_noise='stream', test_sigma=None, dp=None, snapshots=())
     assert defaults(attacks.poison) == dict(source=None) and defaults(DPSGD) == dict(engine='ghost')
     assert defaults(data.load) == dict(classes=None, root=None, download=True, size=None)
-    assert {name: defaults(f) for name, f in runs.MODULES.items()} == MODULE_DEFAULTS
+    assert {name: defaults(f) for name, f in experiments.MODULES.items()} == MODULE_DEFAULTS
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, object(), {1: 2}, b'bytes', np.zeros(2), {'a': {'b': {1, 2}}}])
 def test_settings_that_no_file_holds(bad):
-    with pytest.raises(ValueError, match='settings may hold'): runs.canonical({'x': bad})
+    with pytest.raises(ValueError, match='settings may hold'): store.canonical({'x': bad})
 
 
 @pytest.mark.parametrize('bad', [0, -1, 2.5, '3', None])
@@ -96,7 +96,7 @@ def test_sizes_are_checked(bad, tmp_path):
     with pytest.raises(ValueError, match='n_models and shard_size'): compute(DRILL | {'n_models': bad}, tmp_path)
 
 
-@pytest.mark.parametrize('kind', ['os.system', 'os:system', 'rab_nb.runs:main', '__import__', None, ['drill']])
+@pytest.mark.parametrize('kind', ['os.system', 'os:system', 'rab_nb.cli:main', '__import__', None, ['drill']])
 def test_settings_cannot_name_code(kind, tmp_path):
     with pytest.raises(ValueError, match='kind must be one of'): compute(DRILL | {'kind': kind}, tmp_path)
 
@@ -112,8 +112,8 @@ def test_hostile_ensemble_settings(change, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     "The shards that were computed."
-    said, compute_one = [], runs.compute
-    monkeypatch.setattr(runs, 'compute', lambda kind, settings, models: said.append((models.start, models.stop)) or compute_one(kind, settings, models))
+    said, compute_one = [], workers.compute_shard
+    monkeypatch.setattr(workers, 'compute_shard', lambda kind, settings, models: said.append((models.start, models.stop)) or compute_one(kind, settings, models))
     return said
 
 
@@ -139,7 +139,7 @@ def test_other_shards_of_the_same_models(tmp_path, asked):
     whole = compute(DRILL | {'n_models': 12}, tmp_path / 'b').arrays('probabilities')
     small.path(range(0, 3)).unlink()
     compute(DRILL | {'shard_size': 7}, tmp_path)
-    runs.Job(grown, range(0, 12)).finish({'probabilities': whole}, {'seconds': 1.})
+    workers.Job(grown, range(0, 12)).finish({'probabilities': whole}, {'seconds': 1.})
     assert (grown.arrays('probabilities') == whole).all() and (grown.statistics('probabilities').votes == VoteStatistics.from_probabilities(whole).votes).all()
 
 
@@ -162,16 +162,16 @@ def test_damaged_shards_are_not_taken(tmp_path, asked):
 # ---- two clients --------------------------------------------------------------------------------
 def test_without_locks_the_first_file_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(store, '_locked', lambda fd: True)
-    first, second = runs.claim(tmp_path / 'a'), runs.claim(tmp_path / 'a')
+    first, second = store.claim(tmp_path / 'a'), store.claim(tmp_path / 'a')
     first.commit(b'whole'); second.commit(b'late')
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('a', b'whole')]
 
 
 def test_a_result_from_the_cluster_is_kept_while_another_client_holds_the_shard(tmp_path):
-    asked = runs.open_run(DRILL, tmp_path)
-    runs.prepare(asked)
-    other = runs.claim(asked.path(range(3)))
-    runs.Job(asked, range(3)).finish({'probabilities': np.ones((3, 5, 2), np.float32)}, {})
+    asked = workers.open_run(DRILL, tmp_path)
+    store.prepare(asked)
+    other = store.claim(asked.path(range(3)))
+    workers.Job(asked, range(3)).finish({'probabilities': np.ones((3, 5, 2), np.float32)}, {})
     assert asked.read(range(3))[0]['probabilities'].shape == (3, 5, 2)
     other.release()
     assert [p.name for p in asked.folder.glob('.*')] == []
@@ -181,7 +181,7 @@ def test_a_result_from_the_cluster_is_kept_while_another_client_holds_the_shard(
 @pytest.mark.parametrize('shard_size', [1, 2, 3, 7, 100])
 def test_models_are_cut_into_shards(shard_size):
     s = DRILL | {'shard_size': shard_size}
-    cut = runs.portions(range(7), shard_size)
+    cut = store.portions(range(7), shard_size)
     assert [m for part in cut for m in part] == list(range(7)) and len(cut) == store.n_shards(s)
 
 
@@ -208,7 +208,7 @@ def test_statistics_refuse_what_is_no_probability(tmp_path):
     r = compute(DRILL, tmp_path)
     outputs = r.arrays('probabilities').astype(np.float32)
     outputs[3, 2, 1] = 2.
-    runs.Job(r, range(7)).finish({'probabilities': outputs}, {'seconds': 1.})
+    workers.Job(r, range(7)).finish({'probabilities': outputs}, {'seconds': 1.})
     for shard in r.shards: r.path(shard).unlink()
     with pytest.raises(ValueError, match='must lie'): r.statistics('probabilities')
 
@@ -217,20 +217,20 @@ def test_ensemble_runs_are_the_classifier(tmp_path):
     "The run store and RABClassifier train the same models."
     from rab_nb.ensemble import RABClassifier
     from rab_nb.models import digits_cnn
-    r, task = compute(TINY, tmp_path), runs.poisoned_task(runs.plain(TINY))
+    r, task = compute(TINY, tmp_path), experiments.poisoned_task(store.plain(TINY))
     train = {k: v for k, v in TINY['train'].items()}
     rab = RABClassifier(digits_cnn, GaussianNoise(1.), n_estimators=4, device='cpu', n_jobs=1, **train).fit(task.x_train, task.y_train)
     np.testing.assert_array_equal(r.arrays('triggered'), rab.model_probabilities(task.x_test_triggered))
 
 
 def test_worker_of_another_version_refuses(tmp_path):
-    r = runs.open_run(DRILL, tmp_path)
+    r = workers.open_run(DRILL, tmp_path)
     with pytest.raises(RuntimeError, match='this worker would compute something else'):
-        runs.compute(runs.KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
+        workers.compute_shard(workers.KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
 
 
 def test_an_error_in_a_shard_is_reported_and_leaves_nothing(tmp_path):
-    runs.register('broken', broken)
+    workers.register('broken', broken)
     for n_jobs in (1, 2):
         with pytest.raises((RuntimeError, ZeroDivisionError), match='division by zero'): compute(dict(kind='broken', n_models=2, shard_size=1), tmp_path, n_jobs=n_jobs)
         assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.safetensors'))
@@ -263,17 +263,17 @@ def mutated(content, rng):
 def test_two_thousand_hostile_files(tmp_path):
     "Shards, blocks and settings, mutated 2,000 times: the file's own content, or an error of ours, and nothing else."
     r = compute(DRILL, tmp_path)
-    runs.keep_blocks(tmp_path / 'blocks', [r])
+    workers.keep_blocks(tmp_path / 'blocks', [r])
     second = range(3, 6)
-    files = {r.path(second): lambda: r.read(second)[0], tmp_path / 'blocks': lambda: runs.read_blocks(tmp_path / 'blocks')[0].sums,
-             r.folder / 'settings.json': lambda: {'settings': np.array(runs.canonical(store.read_settings(r.folder)))}}
+    files = {r.path(second): lambda: r.read(second)[0], tmp_path / 'blocks': lambda: store.read_blocks(tmp_path / 'blocks')[0].sums,
+             r.folder / 'settings.json': lambda: {'settings': np.array(store.canonical(store.read_settings(r.folder)))}}
     rng, refused = np.random.default_rng(0), 0
     for path, load in files.items():
         content, expected = path.read_bytes(), load()
         for _ in range(667):
             path.write_bytes(mutated(content, rng))
             try: got = load()
-            except (runs.ShardError, runs.StatisticsError): refused += 1
+            except (store.ShardError, store.StatisticsError): refused += 1
             else: assert got.keys() == expected.keys() and all(np.array_equal(got[k], expected[k]) for k in expected)
         path.write_bytes(content)
     assert refused > 1900
@@ -284,9 +284,9 @@ def test_two_thousand_hostile_files(tmp_path):
 def test_other_formats_are_refused(content, tmp_path):
     r = compute(DRILL, tmp_path)
     r.path(range(3)).write_bytes(content)
-    with pytest.raises(runs.ShardError): r.read(range(3))
+    with pytest.raises(store.ShardError): r.read(range(3))
     (tmp_path / 'blocks').write_bytes(content)
-    with pytest.raises(runs.StatisticsError, match='Restore it'): runs.keep_blocks(tmp_path / 'blocks', [r])
+    with pytest.raises(store.StatisticsError, match='Restore it'): workers.keep_blocks(tmp_path / 'blocks', [r])
     assert (tmp_path / 'blocks').read_bytes() == content
 
 
@@ -297,13 +297,13 @@ def test_absurd_sizes_are_refused_before_reading(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first, second = range(3), range(3, 6)
     os.truncate(r.path(first), 2**40)
-    with pytest.raises(runs.ShardError, match='more than MAX_SHARD_BYTES'): r.read(first)
-    with pytest.raises(runs.StatisticsError, match='more than MAX_SHARD_BYTES'): runs.read_blocks(r.path(first))
+    with pytest.raises(store.ShardError, match='more than MAX_SHARD_BYTES'): r.read(first)
+    with pytest.raises(store.StatisticsError, match='more than MAX_SHARD_BYTES'): store.read_blocks(r.path(first))
     header = json.dumps({'a': {'dtype': 'F32', 'shape': [2**30, 2**30], 'data_offsets': [0, 2**62]}}).encode()
     r.path(second).write_bytes(len(header).to_bytes(8, 'little') + header)
-    with pytest.raises(runs.ShardError): r.read(second)
+    with pytest.raises(store.ShardError): r.read(second)
     os.truncate(r.folder / 'settings.json', 2**40)
-    with pytest.raises(runs.ShardError, match='more than'): store.read_settings(r.folder)
+    with pytest.raises(store.ShardError, match='more than'): store.read_settings(r.folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
 
 
@@ -318,7 +318,7 @@ def test_a_pickle_in_the_store_is_never_loaded(tmp_path):
 
 def test_a_link_in_the_store_is_not_followed(tmp_path):
     "A hidden file replaced by a symbolic link must not make a client write elsewhere."
-    r = runs.open_run(DRILL, tmp_path)
+    r = workers.open_run(DRILL, tmp_path)
     r.folder.mkdir()
     (tmp_path / 'victim').write_text('precious')
     (r.folder / '.00000-00002.safetensors.part').symlink_to(tmp_path / 'victim')
@@ -327,33 +327,33 @@ def test_a_link_in_the_store_is_not_followed(tmp_path):
 
 
 # ---- command line -------------------------------------------------------------------------------
-def command(*args): return subprocess.run([sys.executable, '-c', 'import sys; from rab_nb.runs import main; sys.exit(main())', *map(str, args)], capture_output=True, text=True)
+def command(*args): return subprocess.run([sys.executable, '-c', 'import sys; from rab_nb.cli import main; sys.exit(main())', *map(str, args)], capture_output=True, text=True)
 
 
 def test_command_line(tmp_path, capsys):
     wanted, store = tmp_path / 'wanted.json', ['--store', str(tmp_path / 'store')]
     wanted.write_text(json.dumps([DRILL, DRILL | {'random_state': 1}]))
     run = ['run', '--settings', str(wanted), '--jobs', '1', '--quiet', *store]
-    assert runs.main(run) == 0
+    assert cli.main(run) == 0
     ids = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert runs.main(['runs', 'list', *store]) == 0
+    assert cli.main(['runs', 'list', *store]) == 0
     listing = capsys.readouterr().out
     assert all(i in listing for i in ids) and '7 models' in listing and 'kind=drill' in listing
     folder = tmp_path / 'store' / ids[0]
     (folder / '00003-00005.safetensors').write_bytes(b'')
     (folder / '.00006-00006.safetensors.part').write_bytes(b'left by a dead client')
-    assert runs.main(['runs', 'verify', *store]) == 1 and '1 damaged' in capsys.readouterr().out
-    with pytest.warns(UserWarning): assert runs.main(run) == 0
-    assert runs.main(['runs', 'verify', *store, ids[0]]) == 0 and not list(folder.glob('.*'))
+    assert cli.main(['runs', 'verify', *store]) == 1 and '1 damaged' in capsys.readouterr().out
+    with pytest.warns(UserWarning): assert cli.main(run) == 0
+    assert cli.main(['runs', 'verify', *store, ids[0]]) == 0 and not list(folder.glob('.*'))
     (folder / 'mine.txt').write_text('a file that is not ours')
-    assert runs.main(['runs', 'remove', *store, ids[0]]) == 2 and (folder / 'mine.txt').exists()
-    assert runs.main(['runs', 'remove', *store, ids[1]]) == 0 and not (tmp_path / 'store' / ids[1]).exists()
+    assert cli.main(['runs', 'remove', *store, ids[0]]) == 2 and (folder / 'mine.txt').exists()
+    assert cli.main(['runs', 'remove', *store, ids[1]]) == 0 and not (tmp_path / 'store' / ids[1]).exists()
 
 
 def test_rows_and_pairs(tmp_path, capsys):
     "--show prints what --settings takes; rows are the paper's, pairs the profile's."
     def shown(*args):
-        assert runs.main(['run', *args, '--show']) == 0
+        assert cli.main(['run', *args, '--show']) == 0
         return json.loads(capsys.readouterr().out)
     chosen = shown('--table', '1', '--rows', '3', '--pairs', '2')
     assert {s['kind'] for s in chosen} == {'dnn', 'undefended'}
@@ -364,23 +364,23 @@ def test_rows_and_pairs(tmp_path, capsys):
     everything = [json.dumps(s) for s in shown('--table', '1', '4', '9')]
     assert len(set(everything)) == len(everything)
     for option in ('--rows', '--pairs'):
-        assert runs.main(['run', '--table', '1', option, '13']) == 2
+        assert cli.main(['run', '--table', '1', option, '13']) == 2
         assert f'{option} must be in 1..' in capsys.readouterr().err
 
 
 def test_a_run_in_progress_is_not_removed(tmp_path):
     r = compute(DRILL, tmp_path)
-    held = runs.claim(r.path(range(3)))
-    with pytest.raises(ValueError, match='is being computed right now'): runs.remove(r)
+    held = store.claim(r.path(range(3)))
+    with pytest.raises(ValueError, match='is being computed right now'): store.remove_run(r)
     held.release()
-    runs.remove(r)
+    store.remove_run(r)
     assert not r.folder.exists()
 
 
 @pytest.mark.parametrize('args,said', [(['run', '--settings', 'absent.json'], 'absent.json'), (['runs', 'remove', 'ffff'], "'ffff'"), (['run', '--settings', __file__], 'is not JSON')])
 def test_command_line_errors_are_one_line(args, said, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv('RAB_RUNS', str(tmp_path))
-    assert runs.main(args) == 2
+    assert cli.main(args) == 2
     error = capsys.readouterr().err
     assert error.startswith('rab-nb: ') and said in error and error.count('\n') == 1
 
@@ -388,7 +388,7 @@ def test_command_line_errors_are_one_line(args, said, capsys, tmp_path, monkeypa
 def test_bare_node(tmp_path):
     "On a bare node: none of nbdev, papermill, opacus, dask, pandas, matplotlib."
     script = "import sys\nfor m in ('nbdev','papermill','opacus','dask','distributed','matplotlib','torchvision','fastcore','pandas','yaml'): sys.modules[m] = None\n" \
-             "from rab_nb.runs import main; sys.exit(main(sys.argv[1:]))"
+             "from rab_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     (tmp_path / 'wanted.json').write_text(json.dumps([DRILL, TINY]))
     args = ['run', '--settings', tmp_path / 'wanted.json', '--store', tmp_path, '--device', 'cpu', '--jobs', 1]
     done = subprocess.run([sys.executable, '-c', script, *map(str, args)], capture_output=True, text=True)
@@ -401,7 +401,7 @@ def test_bare_node(tmp_path):
 def test_tables_on_a_bare_node(tmp_path):
     "Without nbdev, papermill, opacus, dask, torchvision or matplotlib, rows of a table can be computed."
     script = "import sys\nfor m in ('nbdev','papermill','opacus','dask','distributed','matplotlib','torchvision','fastcore'): sys.modules[m] = None\n" \
-             "from rab_nb.runs import main; sys.exit(main(sys.argv[1:]))"
+             "from rab_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     args = ['run', '--table', 7, '--rows', 1, '--pairs', 1, '--store', tmp_path, '--statistics', tmp_path / 'kept', '--jobs', 1, '--device', 'cpu']
     done = subprocess.run([sys.executable, '-c', script, *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('1 of 1 models') == 3 and len(runs.read_blocks(tmp_path / 'kept/table7.safetensors')) == 3, done.stderr
+    assert done.returncode == 0 and done.stdout.count('1 of 1 models') == 3 and len(store.read_blocks(tmp_path / 'kept/table7.safetensors')) == 3, done.stderr

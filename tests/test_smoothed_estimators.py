@@ -21,7 +21,7 @@ from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from rab_nb import estimators
-from rab_nb.ensemble import TrainSpec, noisy_labels
+from rab_nb.training import TrainSpec, noisy_labels
 from rab_nb.estimators import SmoothedEnsembleClassifier, class_means, seeded
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise
 
