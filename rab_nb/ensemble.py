@@ -23,6 +23,7 @@ from .pool import map_groups # this and the next four are asked for here as well
 from .training import gradient, loss_per_sample, resolved, train_shard
 from .training import (TrainSpec, answer_groups, check_outputs, check_scale, check_whole, fingerprint,
                              initial_module, load_groups, noise_size, plain_or_repr, save_groups, stackable,
+                             trained_part,
                              train_groups, u_law)
 
 # %% ../nbs/20_ensemble.ipynb #ab3fd22a
@@ -260,7 +261,7 @@ def _about(self):
 
 def _load(cls, path, module, dp):
     net = initial_module(module, 0)
-    groups, about = load_groups(path, net)
+    groups, about = load_groups(path, trained_part(net))
     for name, given in (('dp', dp), ('module', net)):
         if about[name] != repr(given):
             raise ValueError(f'the models of {path} were trained with {name}={about[name]}, got {given!r}: '

@@ -23,7 +23,8 @@ class Frozen(nn.Module):
     The body must give one vector of features per input. It is kept in evaluation mode and gets no gradients."""
     def __init__(self, body: nn.Module, head: nn.Module): # (B, ...) -> (B, f); (B, f) -> (B, 1) or (B, C)
         super().__init__()
-        self.body, self.head = body.requires_grad_(False).eval(), head
+        self.body = body.requires_grad_(False).eval()
+        self.head = head if len(list(head.children())) else nn.Sequential(head)
 
     def train(self, mode: bool = True): # of the head
         "Training mode for the head alone."

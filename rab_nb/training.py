@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENGINE', 'WHOLE', 'TrainSpec', 'check_whole', 'initial_module', 'auto_stack', 'resolved', 'identity', 'plain_or_repr',
            'machine', 'to_rows', 'to_inputs', 'draw_noise', 'smoothed_rows', 'noisy_labels', 'group_bytes',
-           'loss_per_sample', 'gradient', 'training_step', 'cuda_graph', 'exact_float32', 'train', 'draw_u', 'u_law',
-           'train_group', 'check_logits', 'check_outputs', 'stackable', 'train_shard', 'train_groups', 'answer_groups',
-           'save_groups', 'load_groups', 'fingerprint', 'noise_size', 'check_scale']
+           'loss_per_sample', 'gradient', 'training_step', 'cuda_graph', 'exact_float32', 'trained_part', 'train',
+           'draw_u', 'u_law', 'train_group', 'check_logits', 'check_outputs', 'stackable', 'train_shard',
+           'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'fingerprint', 'noise_size', 'check_scale']
 
 # %% ../nbs/internals/training.ipynb #7a100003
 import copy
@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.adam import adam
 from tqdm.auto import tqdm
 
+from .features import FeatureStore, Frozen, body_features, row_digests
 from .inputs import check_device, device_name, image_hint
 from .noise import GaussianNoise, generator, global_stream
 from .pool import map_groups, one_thread
@@ -173,6 +175,7 @@ def resolved(spec: TrainSpec, # possibly with 'auto'
     size, precision = sum(p.numel() for p in module.parameters()), spec.precision
     if precision == 'auto': precision = 'bf16' if _has_bf16(device) and size > _SMALL else 'float32'
     spec = replace(spec, device=device, precision=precision)
+    if isinstance(module, Frozen): size = sum(p.numel() for p in module.head.parameters())
     stack = auto_stack(spec, size, shape) if spec.stack == 'auto' else int(spec.stack)
     if stack > 1 and shape is not None and _draws_numbers(module, tuple(shape[1:])): stack = 1
     return replace(spec, stack=stack)
@@ -512,6 +515,58 @@ def _initial_stack(spec: TrainSpec, models, # resolved; numbers of the models
     if len(models) > 1: check_independence(nets if same else nets[0], x)
     return Stack(nets, len(models), spec.device, folded=folded)
 
+# %% ../nbs/internals/training.ipynb #f0ea0002
+@dataclass(frozen=True)
+class _Head: # makes the part of a network that is trained
+    module: object # function that makes a `Frozen`
+    def __call__(self): return self.module().head
+
+def trained_part(module: nn.Module # any network
+                ) -> nn.Module: # the head of a `Frozen`, others as they are
+    "What of a network is trained, saved and hashed."
+    return module.head if isinstance(module, Frozen) else module
+
+def _split(spec): # resolved -> the frozen body or None, settings of what is trained
+    module = initial_module(spec.module, spec.random_state)
+    if not isinstance(module, Frozen): return None, spec
+    head = module.head if isinstance(spec.module, nn.Module) else _Head(spec.module)
+    return module.body, replace(spec, module=head)
+
+# %% ../nbs/internals/training.ipynb #f0ea0004
+def _named_body(spec, body): # what features depend on besides rows and noise
+    weights = hashes({k: v[None] for k, v in body.state_dict().items()})[0]
+    return f'{hashlib.sha256(repr(body).encode()).hexdigest()} {weights} {spec.precision} {spec.device.split(":")[0]}'
+
+def _smoothed_features(spec, body, x, models) -> torch.Tensor: # (n, ...) training inputs -> (M, n, f) float32
+    rows, shape, body = to_rows(x), tuple(np.shape(x)[1:]), body.to(spec.device)
+    store, digests = FeatureStore(os.environ.get('RAB_FEATURES') or None), row_digests(x)
+    def of(k):
+        small = draw_noise(spec, rows, k) if rows.shape[1] <= WHOLE else None
+        def make(i):
+            i = torch.from_numpy(i)
+            return to_inputs(rows[i] + (draw_noise(spec, rows, k, i) if small is None else small[i]), shape)
+        name = f'{_named_body(spec, body)} {spec.noise!r} {spec.random_state} {len(rows)} {k}'
+        return store.features(name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision))
+    return torch.stack([torch.from_numpy(of(k)).float() for k in models]).to(spec.device)
+
+def _test_features(spec, body, x, u) -> torch.Tensor: # (n, ...) inputs, (M, 1, d) -> (M, n, f) float32
+    rows, shape, body = to_rows(x), tuple(np.shape(x)[1:]), body.to(spec.device)
+    store, digests = FeatureStore(os.environ.get('RAB_FEATURES') or None), row_digests(x, numbered=False)
+    def of(shift):
+        name = f'{_named_body(spec, body)} u {hashlib.sha256(shift.numpy().tobytes()).hexdigest()}'
+        make = lambda i: to_inputs(rows[torch.from_numpy(i)] + shift, shape)
+        return store.features(name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision))
+    return torch.stack([torch.from_numpy(of(shift)).float() for shift in u.cpu()]).to(spec.device)
+
+# %% ../nbs/internals/training.ipynb #f0ea0005
+def _feature_batches(spec, features, labels, models): # as `_smoothed_batches`, of rows that are computed
+    m, n = features.shape[:2]
+    first = n * torch.arange(m, device=features.device)[:, None]
+    def epoch(number):
+        order = first + _orders(spec, models, number, n).to(features.device)
+        yield from (i.reshape(-1) for i in order.split(spec.batch_size, 1))
+    return features.flatten(0, 1), labels.flatten(), epoch
+
 # %% ../nbs/internals/training.ipynb #6234a3cf
 def train(spec: TrainSpec, # resolved
           x, y, # (n, ...) inputs and (n,) labels 0..C-1
@@ -519,14 +574,21 @@ def train(spec: TrainSpec, # resolved
           after_epoch=lambda epochs, stack: None # called with the number of epochs done
          ) -> Stack: # trained
     "Train the models side by side."
+    body, spec = _split(spec)
     shape, y = tuple(np.shape(x)[1:]), torch.tensor(np.asarray(y, dtype=np.int64))
     if spec.dp is not None:
         spec.dp.check(initial_module(spec.module, spec.random_state), len(x), spec.batch_size)
     with _on_device(spec.device):
-        rows = to_rows(x).to(spec.device)
-        stack = _initial_stack(spec, models, to_inputs(rows[:4], shape))
         labels = torch.stack([noisy_labels(spec, y, k) for k in models]).to(spec.device)
-        slab, targets, epoch_of = _smoothed_batches(spec, rows, labels, shape, models)
+        if body is not None:
+            features = _smoothed_features(spec, body, x, models)
+            shape = features.shape[2:]
+            stack = _initial_stack(spec, models, features[0, :4])
+            slab, targets, epoch_of = _feature_batches(spec, features, labels, models)
+        else:
+            rows = to_rows(x).to(spec.device)
+            stack = _initial_stack(spec, models, to_inputs(rows[:4], shape))
+            slab, targets, epoch_of = _smoothed_batches(spec, rows, labels, shape, models)
         step, number = training_step(spec, stack, shape, models, slab, targets), 0
         if _may_record(spec, shape): step = _replayed(step, cuda_graph)
         with global_stream(spec.random_state, 'layers', models[0], device=spec.device):
@@ -589,6 +651,7 @@ def _answers(spec: TrainSpec, stack: Stack, models, digests: list, # numbers and
              x # (n, ...) inputs
             ) -> np.ndarray: # (M, n, C) float32, NaN for a model that diverged
     "Soft outputs of every model at x + u."
+    body, spec = _split(spec)
     rows, shape = to_rows(x), tuple(np.shape(x)[1:])
     u = draw_u(spec, rows.shape[1], models, digests)
     block = _eval_block(len(models), rows.shape[1])
@@ -596,8 +659,9 @@ def _answers(spec: TrainSpec, stack: Stack, models, digests: list, # numbers and
     with _on_device(spec.device), draws:
         u = u.to(spec.device)
         stack.module.eval()
-        p = torch.cat([_soft(stack(to_inputs(part.to(spec.device) + u, shape)))
-                       for part in rows.split(block)], 1)
+        if body is not None: parts = _test_features(spec, body, x, u).split(block, 1)
+        else: parts = (to_inputs(part.to(spec.device) + u, shape) for part in rows.split(block))
+        p = torch.cat([_soft(stack(part)) for part in parts], 1)
         return torch.where(_finite(stack)[:, None, None], p, torch.nan).cpu().numpy()
 
 # %% ../nbs/internals/training.ipynb #cee02bb7
@@ -728,6 +792,7 @@ def stackable(spec: TrainSpec, x # resolved from stack='auto'; (n, ...) training
     if spec.stack == 1: return spec
     module = initial_module(spec.module, spec.random_state)
     rows = torch.from_numpy(np.array(x[:4], np.float32)).to(spec.device)
+    if isinstance(module, Frozen): module, rows = module.head, module.body.to(spec.device)(rows).detach()
     try:
         check_independence(module, rows)
         stack = Stack(module, 2, spec.device, folded=getattr(spec.dp, 'folded', False))
@@ -813,7 +878,7 @@ def answer_groups(spec: TrainSpec, # resolved
         models = range(g * spec.stack, (g + 1) * spec.stack)
         states = {k: torch.from_numpy(v) for k, v in group['models'].items()}
         module = initial_module(spec.module, spec.random_state, _starts_at(spec, models[0]))
-        stack = load_state(Stack(module, spec.stack, spec.device), states)
+        stack = load_state(Stack(trained_part(module), spec.stack, spec.device), states)
         with one_thread(): yield _answers(spec, stack, models, group['hashes'], x)
 
 # %% ../nbs/internals/training.ipynb #2c66b907
