@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from rab_nb import estimators
 from rab_nb.ensemble import TrainSpec, noisy_labels
-from rab_nb.estimators import SmoothedEnsembleClassifier, class_means, seeded
+from rab_nb.estimators import SmoothedEnsembleClassifier, _class_means, _seeded
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise
 
 REFUSED = {'check_dtype_object': 'arrays of objects are refused', 'check_supervised_y_2d': 'a column of labels is refused'}
@@ -57,7 +57,7 @@ def test_every_learner(base):
 
 def test_nested_seeds_come_from_the_stream():
     base = BaggingClassifier(DecisionTreeClassifier(splitter='random'), 3)
-    one, two, three = (seeded(base, s, k) for s, k in ((0, 0), (0, 1), (0, 0)))
+    one, two, three = (_seeded(base, s, k) for s, k in ((0, 0), (0, 1), (0, 0)))
     for name in ('random_state', 'estimator__random_state'):
         assert one.get_params()[name] == three.get_params()[name] != two.get_params()[name]
     assert len({one.get_params()[n] for n in ('random_state', 'estimator__random_state')}) == 2 and base.random_state is None
@@ -68,7 +68,7 @@ def test_class_means_have_the_law_of_noisy_training_sets(sigma, flip, classes):
     "Against means of rows that were really drawn with NumPy's generator: Kolmogorov and Smirnov, every class and entry"
     g, n, m = np.random.default_rng(0), 30, 3000
     x, y = g.normal(size=(n, 2)) * [1, 5], g.integers(classes, size=n)
-    means = class_means(TrainSpec(clone, GaussianNoise(sigma), classes, label_noise=flip), x, y, range(m))
+    means = _class_means(TrainSpec(clone, GaussianNoise(sigma), classes, label_noise=flip), x, y, range(m))
     ours = np.full((m, classes, 2), np.nan)
     for k in range(m):
         labels = np.where(g.random(n) < flip, (y + g.integers(1, classes, n)) % classes, y)
@@ -84,7 +84,7 @@ def test_class_means_have_the_law_of_noisy_training_sets(sigma, flip, classes):
 def test_class_means_by_hand():
     "Without noise on the features to speak of, model k's means are those of its noisy labels"
     spec = TrainSpec(clone, GaussianNoise(1e-9), 2, label_noise=.3)
-    means = class_means(spec, X, Y, range(40, 90))
+    means = _class_means(spec, X, Y, range(40, 90))
     import torch
     for k in (40, 77):
         labels = noisy_labels(spec, torch.from_numpy(Y), k).numpy()
@@ -95,7 +95,7 @@ def test_closed_form_only_where_it_holds():
     for base, noise, closed in [(NearestCentroid(), GaussianNoise(1.), True), (NearestCentroid(), LaplaceNoise(1.), False), (NearestCentroid(), UniformNoise(-1, 1), False),
                                 (NearestCentroid(shrink_threshold=.1), GaussianNoise(1.), False), (NearestCentroid(metric='manhattan'), GaussianNoise(1.), False),
                                 (NearestCentroid(priors='empirical'), GaussianNoise(1.), False), (LinearSVC(), GaussianNoise(1.), False)]:
-        assert estimators.is_plain_centroid(base, noise) == closed
+        assert estimators._is_plain_centroid(base, noise) == closed
 
 
 def test_both_ways_agree_about_the_smoothed_classifier():
@@ -140,12 +140,12 @@ def test_failures_name_the_model():
 @pytest.mark.parametrize('base', [Stops(), NearestCentroid()], ids=['clones', 'means'])
 def test_interrupt_and_resume(base, monkeypatch):
     Stops.fits, calls = 0, []
-    means = estimators.class_means
+    means = estimators._class_means
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 3: raise KeyboardInterrupt
         return means(*arguments)
-    monkeypatch.setattr(estimators, 'class_means', interrupted)
+    monkeypatch.setattr(estimators, '_class_means', interrupted)
     n, finished = (6, 3) if isinstance(base, Stops) else (170, 100)
     clf = ensemble(base, n, warm_start=True)
     with pytest.raises(KeyboardInterrupt): clf.fit(X, Y)
