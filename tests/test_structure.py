@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in path.parts[len(ROOT.parts):]))
+NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb')
+                   if not any(part.startswith(('.', '_')) for part in path.parts[len(ROOT.parts):]))
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == 'experiments']
 ROOMS = [  # upper rooms import lower ones; within a row a room may import those to its right
     'report', 'tables', 'runs', 'store',
@@ -20,7 +21,8 @@ CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
 def cells(path, kind='code'):
-    return [''.join(cell['source']) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == kind]
+    return [''.join(cell['source']) for cell in json.loads(path.read_text())['cells']
+            if cell['cell_type'] == kind]
 
 
 def place(name):
