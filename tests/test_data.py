@@ -1,5 +1,10 @@
 "Files that are hostile or damaged, the real data sets, and every way into `load`."
-import io, os, subprocess, sys, zipfile, zlib
+import io
+import os
+import subprocess
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +321,7 @@ def test_folder_with_and_without_parts(tmp_path):
 
 def test_resize_matches_torchvision(tmp_path):
     from PIL import Image
-    tv = data.import_torchvision()
+    data.import_torchvision()
     from torchvision import transforms
     path = image_folder(tmp_path)/'ant/0.png'
     expected = np.asarray(transforms.Resize((24, 24))(Image.open(path)))

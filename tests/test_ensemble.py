@@ -315,7 +315,7 @@ def test_peak_memory_is_what_was_estimated_and_allowed(module, stack, n, shape, 
 def test_too_little_memory_names_the_remedies(monkeypatch):
     def full(*args): raise error
     monkeypatch.setattr(ensemble, 'train', full)
-    for error in (torch.OutOfMemoryError('CUDA out of memory'),
+    for error in (torch.OutOfMemoryError('CUDA out of memory'),  # noqa: B007 (`full` raises it)
                   RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()):
         with pytest.raises(MemoryError,
                            match='4 models side by side do not fit on cpu; give a smaller stack, or '

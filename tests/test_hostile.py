@@ -86,7 +86,7 @@ def test_five_hundred_profiles(tmp_path):
     good, path = (tables.PROFILES / 'quick.yaml').read_text(), tmp_path / 'profile.yaml'
     rng, refused = np.random.default_rng(0), 0
     load = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
-    for i in range(500):
+    for _ in range(500):
         path.write_text(yaml.safe_dump(replaced(yaml.load(good, load), rng)))
         try:
             profile = tables.load_profile(path)

@@ -227,7 +227,6 @@ def test_three_classes_and_their_radii():
     (dict(estimator=3), 'scikit-learn'), (dict(estimator=StandardScaler()), 'classifier')])
 def test_refusals(settings, word):
     clf = ensemble().fit(X, Y)
-    before = clf.model_probabilities(X)
     with pytest.raises(ValueError, match=word):
         clf.set_params(**settings).fit(X, Y)
 

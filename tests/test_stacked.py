@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rab_nb import models, stacked
-from rab_nb.stacked import (Stack, check_independence, faster_layout, hashes, ieee_float32, load_state,
-                            obstacle, state)
+from rab_nb.stacked import (Stack, check_independence, faster_layout, hashes, load_state, obstacle,
+                            state)
 
 
 def starts(make, m, seed=0):
