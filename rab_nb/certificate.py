@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from . import bounds, theory
-from .noise import GaussianNoise, LaplaceNoise, UniformNoise, noise_from_repr
+from .noise import GaussianNoise, noise_from_repr
 
 # %% ../nbs/03_certificate.ipynb #5958f41a
 def check_probabilities(probabilities # (n_models, n_points, n_classes)

@@ -516,7 +516,7 @@ def privacy_spent(n: int, # training points
     return one | {'epsilon_ensemble': epsilon(*args, accountant='fixed', n_models=n_models)}
 
 # %% ../nbs/21_dp.ipynb #73cd039a
-def _privacy_table() -> 'pandas.DataFrame': # one row per setting
+def _privacy_table(): # pandas DataFrame, one row per setting
     "Privacy spent by the settings of the paper's Tables 4 to 6, which report none."
     import pandas as pd
     names = 'n', 'batch_size', 'epochs', 'max_grad_norm', 'noise_multiplier', 'n_models'

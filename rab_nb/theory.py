@@ -13,7 +13,7 @@ __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'LevelSe
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp, ndtr, ndtri, ndtri_exp
+from scipy.special import ndtr, ndtri, ndtri_exp
 
 from .labels import laplace_shift, overlap_share, relabelled_shift
 
