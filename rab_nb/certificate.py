@@ -363,9 +363,10 @@ def certify_statistics(stats: VoteStatistics, # of all models
                        n_train: int | None = None, # as in `certify`
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
-    "`certify` for statistics that a run has kept; ValueError for 'betting', which needs every output in its order."
-    if bound == 'betting':
-        raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, ...), or another bound')
+    "`certify` for statistics that a run has kept; ValueError for a bound that needs every output in its order."
+    if bounds.bound_named(bound).needs_outputs:
+        raise ValueError(f'{bound} needs every output in its order, not sums: use certify(probabilities, ...), '
+                         'or another bound')
     n, counts = stats.n_models, stats.votes / stats.n_models
     mean = counts if votes == 'hard' else stats.mean
     sides = lambda level: _statistics_sides(stats, bound, votes, level)
@@ -376,15 +377,16 @@ def certify_statistics(stats: VoteStatistics, # of all models
 def _statistics_sides(stats, bound, votes, level):
     "Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the latter."
     n, lost = stats.n_models, stats.diverged / stats.n_models
-    if bound == 'clopper_pearson':
+    known = bounds.bound_named(bound)
+    if known.from_votes:
         decided = votes == 'hard' or np.array_equal(stats.mean, stats.second_moment)
         if not decided:
-            raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for probabilities")
-        side = lambda hits: bounds.clopper_pearson_hits(n, hits, level)
+            raise ValueError(f"{bound} counts votes: use votes='hard', or another bound for probabilities")
+        side = lambda hits: known.from_votes(n, hits, level)
         return side(stats.votes)[0], side(stats.votes + stats.diverged)[1]
     slack = 0. if votes == 'hard' else stats.rounding
     mean, square = (stats.votes / n,) * 2 if votes == 'hard' else (stats.mean, stats.second_moment)
-    side = lambda m, s: getattr(bounds, f'{bound}_moments')(n, np.clip(m, 0, 1), s + 8*slack, level)
+    side = lambda m, s: known.from_moments(n, np.clip(m, 0, 1), s + 8*slack, level)
     return side(mean - slack, square)[0], side(mean + lost + slack, square + lost)[1]
 
 # %% ../nbs/03_certificate.ipynb #b10ab3b8
@@ -409,18 +411,19 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
     mark on the test input, see `Certificate.covers`."""
     together = simultaneous, familywise
     reach = dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
-    if bound != 'betting':
+    if not bounds.bound_named(bound).needs_outputs:
         stats = VoteStatistics.from_probabilities(probabilities)
         return certify_statistics(stats, noise, alpha, bound, votes, *together, classes, **reach, **radius_arguments)
     x = check_probabilities(probabilities)
     if votes == 'hard': x = hard_votes(x)
-    sides, settings = lambda level: _betting_sides(x, level), (noise, alpha, bound, votes, classes)
+    sides, settings = lambda level: _output_sides(x, bound, level), (noise, alpha, bound, votes, classes)
     return _certify(len(x), x.mean(0), sides, *settings, *together, radius_arguments, reach)
 
-def _betting_sides(x, level):
+def _output_sides(x, bound, level):
     "Lower and upper bounds of all classes from the outputs in their order."
-    if x.shape[2] > 2: return bounds.betting(x, level)
-    low, high = bounds.betting(x[..., 1], level)
+    bound = bounds.bound_named(bound)
+    if x.shape[2] > 2: return bound(x, level)
+    low, high = bound(x[..., 1], level)
     return np.stack([1 - high, low], 1), np.stack([1 - low, high], 1)
 
 # %% ../nbs/03_certificate.ipynb #9c922fef
