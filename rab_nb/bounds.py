@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'bounded_outputs', 'check_alpha', 'moments', 'hoeffding_moments', 'hoeffding', 'empirical_bernstein_moments',
-           'empirical_bernstein', 'betting', 'clopper_pearson_hits', 'clopper_pearson', 'unanimous_lower',
-           'models_needed']
+           'empirical_bernstein', 'betting', 'clopper_pearson_hits', 'clopper_pearson', 'Bound', 'bound_named',
+           'unanimous_lower', 'models_needed']
 
 # %% ../nbs/02_bounds.ipynb #748d12b1
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.special import betaincinv
 
@@ -141,11 +144,28 @@ def clopper_pearson(outputs, # (n_models, ...), votes 0 or 1
     return clopper_pearson_hits(len(x), x.sum(0), alpha)
 
 # %% ../nbs/02_bounds.ipynb #aa4ddba1
-BOUNDS = dict(hoeffding=hoeffding, empirical_bernstein=empirical_bernstein, betting=betting,
-              clopper_pearson=clopper_pearson)
+@dataclass(frozen=True)
+class Bound:
+    "A bound and what it has to know: all outputs in their order, two moments of them, or a number of votes."
+    name: str
+    from_outputs: Callable # (outputs (n_models, ...), alpha) -> lower and upper bound
+    from_moments: Callable | None = None # (n_models, mean, mean square, alpha) -> the same
+    from_votes: Callable | None = None # (n_models, number of votes, alpha) -> the same, for a bound of votes alone
+    fewest: int = 1 # models without which it says nothing
 
-def _bound_named(name: str # a key of BOUNDS
-                ): # the function (outputs, alpha) -> (lower, upper)
+    def __call__(self, outputs, alpha: float) -> tuple: return self.from_outputs(outputs, alpha)
+
+    @property
+    def needs_outputs(self) -> bool: return self.from_moments is None and self.from_votes is None
+
+BOUNDS = {bound.name: bound for bound in (
+    Bound('hoeffding', hoeffding, hoeffding_moments),
+    Bound('empirical_bernstein', empirical_bernstein, empirical_bernstein_moments, fewest=2),
+    Bound('betting', betting),
+    Bound('clopper_pearson', clopper_pearson, from_votes=clopper_pearson_hits))}
+
+def bound_named(name: str # a key of BOUNDS
+               ) -> Bound: # callable with (outputs, alpha)
     "A bound by its name, or a ValueError that lists the names."
     if name not in BOUNDS: raise ValueError(f'unknown bound {name!r}; choose one of {sorted(BOUNDS)}')
     return BOUNDS[name]
@@ -156,8 +176,9 @@ def unanimous_lower(bound: str, # a key of BOUNDS
                     alpha: float # probability that the bound fails
                    ) -> float: # the largest lower bound that n models can give
     "Lower bound when every model's output is 1."
-    if n == 1 and bound == 'empirical_bernstein': return 0.
-    return float(_bound_named(bound)(np.ones(n), alpha)[0])
+    bound = bound_named(bound)
+    return 0. if n < bound.fewest else float(bound(np.ones(n), alpha)[0])
+
 
 # %% ../nbs/02_bounds.ipynb #7ad245ab
 def models_needed(bound: str, # a key of BOUNDS

@@ -376,36 +376,34 @@ def certify_statistics(stats: VoteStatistics, # of all models
                        simultaneous: bool = True, # False: the paper's columns
                        familywise: bool = False, # make all points' certificates hold together
                        classes=None, # (n_classes,) labels, as in `certify`
-                       label_noise: float = 0., # chance that a training label was replaced
-                       test_sigma: float | None = None, # of independent Gaussian noise on the test input
-                       n_train: int | None = None, # rows of the training set, where they are known
+                       label_noise: float = 0., test_sigma: float | None = None, # as in `certify`
+                       n_train: int | None = None, # as in `certify`
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
-    """`certify` for statistics that a run has kept; ValueError for 'betting', which needs every output in its
-    order."""
-    if bound == 'betting':
-        raise ValueError('betting needs every output in its order, not sums: use certify(probabilities, '
-                         '...), or another bound')
-    mean = stats.votes / stats.n_models if votes == 'hard' else stats.mean
+    "`certify` for statistics that a run has kept; ValueError for a bound that needs every output in its order."
+    if bounds.bound_named(bound).needs_outputs:
+        raise ValueError(f'{bound} needs every output in its order, not sums: use certify(probabilities, ...), '
+                         'or another bound')
+    n, counts = stats.n_models, stats.votes / stats.n_models
+    mean = counts if votes == 'hard' else stats.mean
     sides = lambda level: _statistics_sides(stats, bound, votes, level)
-    reach = dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
-    return _certify(stats.n_models, mean, sides, noise, alpha, bound, votes, classes, simultaneous,
-                    familywise, radius_arguments, reach)
+    together, reach = (simultaneous, familywise), dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
+    settings = noise, alpha, bound, votes, classes
+    return _certify(n, mean, sides, *settings, *together, radius_arguments, reach)
 
 def _statistics_sides(stats, bound, votes, level):
-    """Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the
-    latter."""
+    "Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the latter."
     n, lost = stats.n_models, stats.diverged / stats.n_models
-    if bound == 'clopper_pearson':
+    known = bounds.bound_named(bound)
+    if known.from_votes:
         decided = votes == 'hard' or np.array_equal(stats.mean, stats.second_moment)
         if not decided:
-            raise ValueError("clopper_pearson counts votes: use votes='hard', or another bound for "
-                             "probabilities")
-        side = lambda hits: bounds.clopper_pearson_hits(n, hits, level)
+            raise ValueError(f"{bound} counts votes: use votes='hard', or another bound for probabilities")
+        side = lambda hits: known.from_votes(n, hits, level)
         return side(stats.votes)[0], side(stats.votes + stats.diverged)[1]
     slack = 0. if votes == 'hard' else stats.rounding
     mean, square = (stats.votes / n,) * 2 if votes == 'hard' else (stats.mean, stats.second_moment)
-    side = lambda m, s: getattr(bounds, f'{bound}_moments')(n, np.clip(m, 0, 1), s + 8*slack, level)
+    side = lambda m, s: known.from_moments(n, np.clip(m, 0, 1), s + 8*slack, level)
     return side(mean - slack, square)[0], side(mean + lost + slack, square + lost)[1]
 
 # %% ../nbs/03_certificate.ipynb #b10ab3b8
@@ -415,10 +413,10 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
             bound: str = 'hoeffding', # or 'empirical_bernstein', 'betting', 'clopper_pearson'
             votes: str = 'soft', # average probabilities, or 'hard': count decisions
             classes=None, # (n_classes,) labels, in the order of the last axis; None: 0 .. n_classes - 1
-            label_noise: float = 0., # probability with which each training label was replaced by another
-            test_sigma: float | None = None, # of independent Gaussian noise on the test input; None: none
+            label_noise: float = 0., # probability with which each training label was replaced by another class
+            test_sigma: float | None = None, # of independent Gaussian noise on the test input; None: not covered
             *,
-            simultaneous: bool = True, # for the class selected on these outputs; False: the paper's columns
+            simultaneous: bool = True, # valid for the class selected on these outputs; the paper's columns use False
             familywise: bool = False, # make all points' certificates hold together
             n_train: int | None = None, # rows of the training set: no attack relabels more
             **radius_arguments # d and n_poisoned, for uniform noise
@@ -426,24 +424,23 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
     """Certificates from the outputs of N models: Algorithm 1 from `calculate bound` on. ValueError for
     outputs that are no probabilities, too few models, an unknown bound, `classes` that do not fit.
 
-    `label_noise` and `test_sigma` say how the models were made; the certificate then covers wrong labels and
-    a mark on the test input, see `Certificate.covers`."""
+    `label_noise` and `test_sigma` say how the models were made; the certificate then covers wrong labels and a
+    mark on the test input, see `Certificate.covers`."""
+    together = simultaneous, familywise
     reach = dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
-    if bound != 'betting':
+    if not bounds.bound_named(bound).needs_outputs:
         stats = VoteStatistics.from_probabilities(probabilities)
-        return certify_statistics(stats, noise, alpha, bound, votes, simultaneous, familywise, classes,
-                                  **reach, **radius_arguments)
+        return certify_statistics(stats, noise, alpha, bound, votes, *together, classes, **reach, **radius_arguments)
     x = check_probabilities(probabilities)
-    if votes == 'hard':
-        x = hard_votes(x)
-    sides = lambda level: _betting_sides(x, level)
-    return _certify(len(x), x.mean(0), sides, noise, alpha, bound, votes, classes, simultaneous, familywise,
-                    radius_arguments, reach)
+    if votes == 'hard': x = hard_votes(x)
+    sides, settings = lambda level: _output_sides(x, bound, level), (noise, alpha, bound, votes, classes)
+    return _certify(len(x), x.mean(0), sides, *settings, *together, radius_arguments, reach)
 
-def _betting_sides(x, level):
+def _output_sides(x, bound, level):
     "Lower and upper bounds of all classes from the outputs in their order."
-    if x.shape[2] > 2: return bounds.betting(x, level)
-    low, high = bounds.betting(x[..., 1], level)
+    bound = bounds.bound_named(bound)
+    if x.shape[2] > 2: return bound(x, level)
+    low, high = bound(x[..., 1], level)
     return np.stack([1 - high, low], 1), np.stack([1 - low, high], 1)
 
 # %% ../nbs/03_certificate.ipynb #9c922fef

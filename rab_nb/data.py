@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHA256', 'frozen', 'Task', 'digest', 'from_arrays', 'read_npz', 'folders', 'import_torchvision', 'stratified_split',
-           'patches', 'read_image', 'from_folder', 'names', 'load']
+           'patches', 'read_image', 'from_folder', 'from_file', 'names', 'load']
 
 # %% ../nbs/10_data.ipynb #fc4fb1c6
 import hashlib
@@ -589,6 +589,36 @@ def from_folder(folder, # holds one folder of images per class, or train/ and va
     return Task(name, *arrays, classes, f'{sum(len(y) for _, y in parts)} images resized to {size}x{size}',
                 digest(*arrays))
 
+# %% ../nbs/10_data.ipynb #da7a0002
+_FILES = ('.npz', '.csv', '.parquet') # what `from_file` reads
+
+def _file_arrays(path: Path) -> dict: # x and y, or x_train, y_train, x_test and y_test
+    if path.suffix == '.npz': return read_npz(path)
+    import pandas as pd
+    try: frame = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
+    except (OSError, ValueError, ImportError) as e: raise ValueError(f'{path}: not a usable table: {e}') from e
+    if 'label' not in frame: raise ValueError(f"{path}: no column 'label' with the classes; it has {list(frame)}")
+    return dict(x=frame.drop(columns='label').to_numpy(), y=frame['label'].to_numpy())
+
+def from_file(path, # .npz, .csv or .parquet
+              classes=None, # class names, target class first and source class second; default: all, sorted
+              random_state: int = 0 # seed of the 80/20 split where the file has none
+             ) -> Task:
+    "A `Task` from one file of your own; ValueError for a file without inputs or labels, and for unknown classes."
+    path = Path(path)
+    if path.suffix not in _FILES: raise ValueError(f'{path}: must end in one of {_FILES}')
+    raw = _file_arrays(path)
+    if {'x', 'y'} <= set(raw): raw = _parts(raw['x'], raw['y'], random_state)
+    if lost := {'x_train', 'y_train', 'x_test', 'y_test'} - set(raw):
+        raise ValueError(f'{path}: lacks {sorted(lost)}; it needs x and y, or x and y of train and test')
+    labels = np.unique(raw['y_train']).tolist()
+    classes, parts = _chosen(path.name, classes, labels), []
+    for part in ('train', 'test'):
+        rows = np.isin(raw[f'y_{part}'], classes)
+        parts += [raw[f'x_{part}'][rows], raw[f'y_{part}'][rows]]
+    pixels = parts[0].ndim == 4 and 0 <= parts[0].min() and max(parts[0].max(), parts[2].max()) <= 1
+    return from_arrays(*parts, classes, path.stem, (0., 1.) if pixels else None, f'file {path.name}')
+
 # %% ../nbs/10_data.ipynb #224a0002
 _IMAGENET_TARS = {'cat': 'imagenet_dog_cat_200.tar', 'fish': 'imagenet_dog_fish_224.tar'}
 
@@ -615,7 +645,7 @@ def names() -> list: # of str
     "The data sets that `load` knows; the last three ship with scikit-learn."
     return list(_LOADERS)
 
-def load(name: str, # one of `names()`
+def load(name: str, # one of `names()`, or the path of a file of your own, see `from_file`
          classes=None, # class names, target class first and source class second; default: all
          root=None, # folder to look in before $RAB_DATA and data/
          download: bool = True, # fetch what is missing (MNIST, CIFAR-10, Spambase)
@@ -623,6 +653,7 @@ def load(name: str, # one of `names()`
          size: int | None = None # pixels a side: 'imagenet', of the images read; 'digits', a multiple of 8
         ) -> Task:
     "A data set of the paper or a bundled stand-in."
+    if Path(name).suffix in _FILES and size is None: return from_file(name, classes, random_state)
     if name not in _LOADERS:
         raise ValueError(f'unknown data set {name!r}; known are {names()}, and from_arrays takes your own')
     if size is None: return _LOADERS[name](classes, root, download, random_state)

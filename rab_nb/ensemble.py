@@ -67,7 +67,7 @@ def warn_one_class(classes: np.ndarray, n: int # (C,) the user's labels, models 
 def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
                   *settings, **options # of `certify`
                  ): # Certificate
-    "`certify`, whatever class the models without an answer may stand for; a UserWarning tells how many they are."
+    "`certify`, whatever the models without an answer may stand for; a UserWarning tells how many they are."
     p = np.asarray(probabilities)
     silent = np.isnan(p).any(2)
     if not silent.any(): return certify(p, *settings, **options)
@@ -86,7 +86,7 @@ def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
 
 # %% ../nbs/20_ensemble.ipynb #c73e0c1c
 class _Settings(BaseEstimator):
-    def __init__(self, module, # function that makes a network, called for every model; or an nn.Module, their start
+    def __init__(self, module, # function that makes a network, one for each model; or an nn.Module
                  noise, # smoothing noise, e.g. GaussianNoise(1.0)
                  n_estimators: int = 100, # N
                  epochs: int = 2, batch_size: int = 128, lr: float = 1e-3, # of Adam
@@ -108,7 +108,8 @@ class _Settings(BaseEstimator):
         self.label_noise, self.start = label_noise, start
         self.test_noise, self.test_sigma = test_noise, test_sigma
         self.device, self.n_jobs, self.precision, self.stack = device, n_jobs, precision, stack
-        self.keep_models, self.max_memory, self.warm_start, self.verbose = keep_models, max_memory, warm_start, verbose
+        self.keep_models, self.max_memory = keep_models, max_memory
+        self.warm_start, self.verbose = warm_start, verbose
 
 # %% ../nbs/20_ensemble.ipynb #dc73923e
 class Voter(ClassifierMixin):
@@ -125,8 +126,9 @@ class Voter(ClassifierMixin):
     def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
         """Certificates at X, see `certificate.certify`; its `labels` are `classes_`, None where it abstains.
 
-        They cover wrong labels where label_noise > 0, and a mark on the test input where noise and u are Gaussian and
-        u comes from its stream. Models that diverged count as wrong, and a UserWarning names their number."""
+        They cover wrong labels where label_noise > 0, and a mark on the test input where noise and u are
+        Gaussian and u comes from its stream. Models that diverged count as wrong, and a UserWarning says how
+        many they are."""
         p = self.model_probabilities(X)
         return certify_worst(p, self.noise_, alpha, bound, votes, classes=self.classes_, **_covered(self),
                              **options)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,9 +92,10 @@ def _dnn_environment(settings: dict, device: str) -> dict:
     return _cached_dnn_environment(canonical(settings), device)
 
 # %% ../nbs/internals/experiments.ipynb #5a7e0002
-ALWAYS_NAMED = {'epochs', 'batch_size', 'lr', 'random_state', 'seed', 'rate',
-          'target'} # part of the name also at their defaults
-MACHINE_SETTINGS = {'precision', 'stack', 'device', 'max_memory'} # not part of it: 'environment' has the precision
+# part of a run's name also at their defaults
+ALWAYS_NAMED = {'epochs', 'batch_size', 'lr', 'random_state', 'seed', 'rate', 'target'}
+# no part of it: 'environment' has the precision
+MACHINE_SETTINGS = {'precision', 'stack', 'device', 'max_memory'}
 
 def _differing(function: Callable, # that takes the arguments
                arguments: dict # by name, more than the function takes are kept
@@ -105,12 +107,17 @@ def _differing(function: Callable, # that takes the arguments
             if p.default is not p.empty and name not in ALWAYS_NAMED: defaults[name] = plain(p.default)
     return without_defaults(defaults, arguments)
 
+def _data_named(settings: dict) -> dict: # 'data' of a run
+    "What a data set is called in a run's name: a file without its folder, since its content is in the environment."
+    named = _differing(data.load, settings)
+    return named | dict(name=Path(named['name']).name) if isinstance(named.get('name'), str) else named
+
 def _dnn_named(settings: dict # of kind 'dnn' or 'undefended'
               ) -> dict: # part of the run's name
     "Settings of an ensemble that its numbers depend on."
     named = {k: v for k, v in settings.items() if k not in ('dp', *SIZES)}
     attack, module, train = (settings[k] for k in ('attack', 'module', 'train'))
-    named['data'] = _differing(data.load, settings['data'])
+    named['data'] = _data_named(settings['data'])
     named['attack'] = _differing(attacks.poison, _differing(TRIGGERS[check_name(TRIGGERS, 'trigger',
                                                                             attack.get('trigger'))], attack))
     named['module'] = _differing(MODULES[check_name(MODULES, 'name', module.get('name'))], module)
@@ -149,8 +156,11 @@ def _label_of_run(settings: dict, # of a run on poisoned data
 # %% ../nbs/internals/experiments.ipynb #14e9d9e3
 def dnn(settings: dict, # of kind 'dnn', with 'environment' and 'device'
         models: range # numbers
-       ) -> dict: # triggered, clean: (models, points, classes) float32, nan where training diverged; hashes: (models, 32) uint8
-    "Train the models of one shard (Algorithm 1) and evaluate them."
+       ) -> dict: # triggered, clean, hashes
+    """Train the models of one shard (Algorithm 1) and evaluate them.
+
+    `triggered` and `clean` are (models, points, classes) float32, nan where training diverged,
+    `hashes` (models, 32) uint8."""
     task = poisoned_task(settings)
     spec = replace(train_spec(settings, settings['device']), precision=settings['environment']['precision'],
                    n_classes=task.n_classes)
@@ -205,15 +215,16 @@ def _knn_environment(settings: dict, device: str) -> dict:
 def _knn_named(settings: dict # of kind 'knn'
               ) -> dict: # part of the run's name
     "Settings of nearest neighbours without what equals a default."
-    said = dict(data=_differing(data.load, settings['data']),
+    said = dict(data=_data_named(settings['data']),
                 attack=_differing(attacks.poison, settings['attack']))
     return {k: v for k, v in settings.items() if k not in SIZES} | said
 
 # %% ../nbs/internals/experiments.ipynb #5aa161ac
 def _plain_knn_vote(distances, y, k: int): # (n_points, n_train), (n_train,) -> (n_points,)
     "The ordinary vote among k neighbours, of two classes."
-    return y[distances.argmin(1)] if k == 1 else (2*y[np.argpartition(distances, k - 1, 1)[:,
-                                                                                           :k]].sum(1) > k).astype(np.int64)
+    if k == 1: return y[distances.argmin(1)]
+    nearest = np.argpartition(distances, k - 1, 1)[:, :k]
+    return (2 * y[nearest].sum(1) > k).astype(np.int64)
 
 # %% ../nbs/internals/experiments.ipynb #a998264d
 def classifier_label(sigma: float, n_levels: int | None) -> str:

@@ -62,7 +62,9 @@ class _Worker:
 
     def send(self): # the job at hand -> its future
         try: return self.executor.submit(_call, self.arguments)
-        except BrokenProcessPool: self.stop(); self.start() # it died while it was idle
+        except BrokenProcessPool: # it died while it was idle
+            self.stop()
+            self.start()
         return self.executor.submit(_call, self.arguments)
 
     def give(self, job, arguments: tuple):
@@ -93,7 +95,9 @@ def _give_out(stream, function: Callable, arguments: Callable, n_workers: int, w
         job = next(stream, _Worker) # which stands for the end: it is no job
         if job is _Worker: return True
         if job is None: return False
-        if not idle: workers.append(_Worker(len(workers), function)); idle.append(workers[-1])
+        if not idle:
+            workers.append(_Worker(len(workers), function))
+            idle.append(workers[-1])
         worker = idle.pop()
         busy[worker.give(job, arguments(job))] = worker
     return True
@@ -109,7 +113,7 @@ def map_in_processes(function: Callable, # picklable, or defined in a notebook
                     ): # yields (job, result)
     """Compute jobs in worker processes, in any order.
 
-    An error of the function ends the loop and is raised here; RuntimeError where a job ends process after process."""
+    An error of the function ends the loop and is raised; RuntimeError where a job ends several processes."""
     stream, workers, busy = iter(jobs), [], {}
     try:
         while left() > 0:

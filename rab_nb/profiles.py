@@ -21,7 +21,7 @@ from .store import canonical
 # %% ../nbs/internals/profiles.ipynb #c8432fcb
 @lru_cache
 def paper(): # DataFrame, one line per table, row and radius; treat it as read-only
-    "Every number of Tables 1-9: prediction accuracy, certified accuracy and certified rate (paper, Section 7)."
+    "Every number of Tables 1-9: prediction accuracy, certified accuracy, certified rate (paper, Section 7)."
     import pandas as pd
     return pd.read_csv(Path(rab_nb.__file__).with_name('paper.csv'))
 
@@ -104,11 +104,15 @@ def _check_source(source, # the profile's entry for a data set
                   where: str, # for messages
                   dataset # one of the paper's data sets
                  ):
-    "A data set's entry: a name for `data.load`, pairs of classes, and perhaps a size."
+    "A data set's entry: a name for `data.load`, or the path of a file, pairs of classes, and perhaps a size."
     if dataset not in DATASET_NAMES:
         raise ValueError(f'{where}: unknown data set; the paper has {sorted(DATASET_NAMES)}')
-    if not isinstance(source, dict) or not {'name', 'pairs'} <= set(source) <= {'name', 'pairs', 'size'}:
-        raise ValueError(f'{where} needs name and pairs (and may have size), got {short(source)}')
+    if not isinstance(source, dict) or len({'name', 'path'} & set(source)) != 1 or not (
+            {'pairs'} < set(source) <= {'name', 'path', 'pairs', 'size'}):
+        raise ValueError(f'{where} needs name, or the path of a file, and pairs (and may have size), got '
+                         f'{short(source)}')
+    if not isinstance(source.get('path', ''), str):
+        raise ValueError(f"{where}.path must be the name of a file, got {short(source['path'])}")
     pairs = source['pairs']
     sound = lambda pair: isinstance(pair, list) and len(pair) == 2 and all(isinstance(c, (str, int))
                                                                            for c in pair)
@@ -139,7 +143,9 @@ def _check_training(settings: dict, part: str, # the profile's part 'ensemble' o
 # %% ../nbs/internals/profiles.ipynb #15b7b4a3
 def load_profile(name # 'quick', 'cpu', 'paper', or the path of a YAML file
                 ) -> dict: # profile (its name), seeds, first_row_seeds, alpha, data, ensemble, dp, knn
-    "Read a profile and check its shape; ValueError names what is unknown, missing or of the wrong type."
+    """Read a profile and check its shape; ValueError names what is unknown, missing or of the wrong type.
+
+    The path of a data file is taken from the folder of the profile."""
     import yaml
     path = profile_path(name)
     if path.stat().st_size > 100_000:
@@ -147,7 +153,10 @@ def load_profile(name # 'quick', 'cpu', 'paper', or the path of a YAML file
     try: profile = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f'{path.name} is not readable YAML: {error}') from None
-    return {'profile': path.stem, **check_profile(profile, path.name)}
+    check_profile(profile, path.name)
+    for source in profile['data'].values():
+        if 'path' in source: source['path'] = str(path.resolve().parent / source['path'])
+    return {'profile': path.stem, **profile}
 
 # %% ../nbs/internals/profiles.ipynb #aa2d0139
 def _part_of(profile: dict, part: str, dataset: str) -> dict:
@@ -185,7 +194,8 @@ def attack_settings(row: Row, # of a table
     "Which data, and what was done to them."
     source = _part_of(profile, 'data', spec(row.table).dataset)
     size = {'size': source['size']} if 'size' in source else {}
-    return dict(data=dict(name=source['name'], classes=list(row.pair), random_state=row.seed, **size),
+    name = source['path'] if 'path' in source else source['name']
+    return dict(data=dict(name=name, classes=list(row.pair), random_state=row.seed, **size),
                 attack=dict(trigger=row.attack, norm=row.norm, rate=row.rate, target=TARGET, seed=row.seed))
 
 # %% ../nbs/internals/profiles.ipynb #b73b0a9d
@@ -229,7 +239,7 @@ def runs_of(row: Row, profile: dict, n_estimators: int = 0) -> dict:
 N_NEIGHBORS = (1, 3, 5) # numbers of neighbours
 
 def has_neighbours(row: Row, profile: dict) -> bool:
-    "Whether a row of Tables 7-9 is run for every number of neighbours: the strong one-pixel attack, for the profile's `seeds`."
+    "Whether a row of Tables 7-9 is run for every K: the strong one-pixel attack, for the profile's `seeds`."
     return (row.attack, row.norm) == (ATTACKS[0], STRENGTHS[0][0]) and row.seed in profile['seeds']
 
 # %% ../nbs/internals/profiles.ipynb #4d77f9fa

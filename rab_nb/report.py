@@ -157,8 +157,8 @@ def _readings(scores, # frame of `beside_paper`
     pairs = [pair for pair in scores.pair.unique() if pair != 'mean']
     alone = {f'with the pair {pair} alone': differences(of_pair(scores, pair, table)) for pair in pairs
              if len(pairs) > 1}
-    found = {'': differences(scores)} | alone | {'with the other reading of the radii': differences(scores,
-                                                                                                    'paper_other_reading')}
+    other = {'with the other reading of the radii': differences(scores, 'paper_other_reading')}
+    found = {'': differences(scores)} | alone | other
     return {reading: gap for reading, gap in found.items() if len(gap)}
 
 # %% ../nbs/internals/report.ipynb #4e75fccc
@@ -169,7 +169,8 @@ def verdict(scores, # frame of `beside_paper`
     if table.number in COPIED:
         return f'Not compared: the printed numbers are a copy of Table {COPIED[table.number]}.'
     if table.dataset not in set(scores.data):
-        return f"Not compared: {', '.join(sorted(set(scores.data)))} stands in for {DATASET_NAMES[table.dataset]}."
+        used = ', '.join(sorted(set(scores.data)))
+        return f'Not compared: {used} stands in for {DATASET_NAMES[table.dataset]}.'
     said = [f'{reading} {closeness(gap)}'.strip() for reading, gap in _readings(scores, table).items()]
     return '; '.join(said) + '.' if said else 'No row that the paper reports was run.'
 
@@ -202,7 +203,8 @@ def _over_rows(scores, # frame of `with_means`
                s: Statement, r: float # total radius
               ): # Series, one value per seed with which all rows were run
     "A statement's certified accuracy at r, averaged over rows."
-    chosen = of_statement(scores[(scores.pair == 'mean') & (scores.metric == 'certified_accuracy') & (scores.radius == r)], s)
+    means = scores[(scores.pair == 'mean') & (scores.metric == 'certified_accuracy')]
+    chosen = of_statement(means[means.radius == r], s)
     per_seed = chosen.groupby('seed').value.agg(['mean', 'size'])
     return per_seed['mean'][per_seed['size'] == per_seed['size'].max()]
 
@@ -229,7 +231,7 @@ def _rows_behind_means(finished: list # of Finished
 def neighbour_lines(table: TableSpec, profile: dict, # as in `finish`
                     first: int = 0, # only the first so many rows; 0: all
                     compute: bool = True # False: leave out what is not finished
-                   ) -> list: # lines of cells: K, sigma, prediction accuracy, certified accuracy at each radius
+                   ) -> list: # of lines of cells: K, sigma, prediction accuracy, certified accuracies
     "The strong one-pixel attack against K neighbours, exact, means over pairs, a range where seeds differ."
     import pandas as pd
     lines, radii = [], np.array(table.radii)
@@ -328,8 +330,9 @@ def _seeds_line(finished: list # of Finished
             for seed in sorted({f.row.seed for f in finished})}
     most = max(map(len, rows.values()))
     some = [seed for seed in rows if len(rows[seed]) < most]
-    return f"seeds {[seed for seed in rows if seed not in some]}" + (f', and {some} for some rows' if some
-                                                                     else '') + '; ranges over seeds in brackets' * (len(rows) > 1)
+    text = f'seeds {[seed for seed in rows if seed not in some]}'
+    if some: text += f', and {some} for some rows'
+    return text + '; ranges over seeds in brackets' * (len(rows) > 1)
 
 # %% ../nbs/internals/report.ipynb #c9a6c99e
 def _n_scored(finished: list) -> int:
@@ -342,8 +345,8 @@ def _n_scored(finished: list) -> int:
 def _pairs_of(finished: list, table: TableSpec, profile: dict # as in `caption`
              ) -> tuple: # two lists of str: what the means stand on, and what is missing
     "Which pairs of classes of a profile stand behind a table."
-    asked, done = [tuple(pair) for pair in profile['data'][table.dataset]['pairs']], {f.row.pair
-                                                                                      for f in _rows_behind_means(finished)}
+    asked = [tuple(pair) for pair in profile['data'][table.dataset]['pairs']]
+    done = {f.row.pair for f in _rows_behind_means(finished)}
     name = lambda pair: ' / '.join(map(str, pair))
     return [name(pair) for pair in asked if pair in done], [name(pair) for pair in asked if pair not in done]
 
@@ -353,7 +356,8 @@ def models_line(finished: list # of Finished, of an ensemble
     "How many models stand behind a table, and whether that is what its profile asks for."
     n, asked = sorted({f.n_models for f in finished}), max(f.n_asked for f in finished)
     lost = sum(f.n_diverged for f in finished)
-    diverged = f', of which {lost} in all rows together diverged and count with the worst answer' if lost else ''
+    diverged = ''
+    if lost: diverged = f', of which {lost} in all rows together diverged and count with the worst answer'
     if n[0] >= asked: return f'N = {n[0]} models{diverged}'
     return f"provisional, {' to '.join(map(str, n[::max(len(n) - 1, 1)]))} of N = {asked} models{diverged}"
 
@@ -365,7 +369,8 @@ def table_caption(finished: list, # of Finished
     finished = _rows_behind_means(finished)
     f, (run, absent) = finished[0], (', '.join(pairs) for pairs in _pairs_of(finished, table, profile))
     source = ', '.join(dict.fromkeys(re.sub(r', seed \d+', ' by seed', f.source) for f in finished))
-    stand_in = '' if f.data == table.dataset else f", a stand-in for {DATASET_NAMES[table.dataset]} that says nothing about the paper's numbers"
+    stand_in = f", a stand-in for {DATASET_NAMES[table.dataset]} that says nothing about the paper's numbers"
+    if f.data == table.dataset: stand_in = ''
     how = 'exact, no sampling (alpha = 0)'
     if table.model != '1nn':
         where = ' and '.join(sorted({place for f in finished for place in f.where}))
@@ -418,7 +423,7 @@ def comparable(scores, table: TableSpec) -> bool: # frame of `beside_paper`
     return table.number not in COPIED and table.dataset in set(scores.data)
 
 def difference_lines(cells # frame of `over_seeds`, cells with a number of the paper
-                    ) -> list: # lines of cells: axis, value, number of cells, mean and median absolute difference
+                    ) -> list: # of lines of cells: axis, value, number of cells, mean, median size
     "Differences from the paper along each axis of a table."
     gap, lines = cells.assign(gap=cells.value - cells.paper).dropna(subset='gap'), []
     for title, column in _AXES.items():
@@ -441,10 +446,11 @@ def explanation(scores, # frame of `beside_paper`
     "How much of the difference the number of models explains, for means over pairs."
     run, whole = (closeness(_readings(frame, table)['']) for frame in (scores, projected))
     if range_of_models(scores) == str(PAPER_N[table.dataset]): return f"At the paper's own N: {run}."
-    return f'At N = {range_of_models(scores)}: {run}. The same average outputs, certified as if N were {PAPER_N[table.dataset]}: {whole}.'
+    return (f'At N = {range_of_models(scores)}: {run}. The same average outputs, certified as if N were '
+            f'{PAPER_N[table.dataset]}: {whole}.')
 
 def reading_lines(scores, projected, table: TableSpec # as in `explanation`
-                 ) -> list: # lines of cells: reading, number of cells, and how many are near and the median difference, for both frames
+                 ) -> list: # of lines of cells: reading, number of cells, and how near both frames are
     "What each pair of classes has to do with the difference."
     both = [_readings(frame, table) for frame in (scores, projected)]
     near = lambda gap: [f'{(gap <= .02).sum()}', f'{gap.median():.3f}']
@@ -462,7 +468,8 @@ def dot_plot(scores, # frame of `beside_paper`
                                    (('certified_accuracy', 'certified accuracy'),
                                     ('certified_rate', 'certified rate'))):
         for frame, face in ((other, 'none'), (scores, None)):
-            cells = over_seeds(frame).query('metric == @metric').dropna(subset='paper') if frame is not None else scores[:0]
+            if frame is None: continue
+            cells = over_seeds(frame).query('metric == @metric').dropna(subset='paper')
             for colour, sigma in zip(_COLOURS, sorted(cells.sigma.unique())):
                 here = cells[cells.sigma == sigma]
                 ax.plot(here.paper, here.value, 'o', ms=4, alpha=.7, color=colour, mfc=face or colour,
@@ -543,6 +550,7 @@ def page_markdown(page: dict # of `page_of` or `missing_page`
     table = [f"**Verdict.** {page['verdict']}", markdown(page['columns'], page['lines'])]
     if 'findings' not in page: return '\n\n'.join([*head, *table, ''])
     more = f"`{_command(page['number'], page['profile'])}` goes on with it." if page['provisional'] else ''
+    nearest = spec(page['number']).model == '1nn'
     return '\n\n'.join([*head, *([more] if more else []), f'*What a certificate says.* {_MEANING}', *table,
                         '## What the paper leaves out', markdown(page['honest_columns'], page['honest']),
                         page['findings'],
@@ -552,7 +560,7 @@ def page_markdown(page: dict # of `page_of` or `missing_page`
                         f'![Certified accuracy against total radius, a panel per attack]({name}.png)',
                         f'[executed notebook]({name}.ipynb), [tidy numbers]({name}.csv), '
                         f'[LaTeX]({name}.tex), [cost]({name}.json), [provenance]({name}.provenance.json)'
-                        + f', [more neighbours]({name}_neighbours.md)' * (spec(page['number']).model == '1nn'), ''])
+                        + f', [more neighbours]({name}_neighbours.md)' * nearest, ''])
 
 # %% ../nbs/internals/report.ipynb #26a7de26
 def _provenance() -> dict: # commit and versions
@@ -605,7 +613,7 @@ _FILES_OF_A_RUN = ('.csv', '.png', '.tex', '.ipynb', '.provenance.json',
 def _write_missing(table: TableSpec, profile: dict,
                    folder: Path # its axes; see `load_profile`; results/<profile>
                   ) -> Path: # the Markdown file
-    "Write the page of a table of which nothing was run, and remove what an older version of the code has drawn."
+    "Write the page of a table of which nothing was run, and remove what older code has drawn."
     page, name = missing_page(table, profile), f'table{table.number}'
     write_file(_writable(folder) / f'{name}.json', json.dumps(page, indent=1))
     for ending in _FILES_OF_A_RUN: (folder / f'{name}{ending}').unlink(missing_ok=True)
@@ -613,8 +621,8 @@ def _write_missing(table: TableSpec, profile: dict,
 
 # %% ../nbs/internals/report.ipynb #93a67893
 def all_pages(results: Path # folder with a folder per profile
-             ) -> list: # contents of every tableN.json of `SHARED`, tables that another profile keeps pointing there
-    "Everything that has been written so far."
+             ) -> list: # contents of every tableN.json of `SHARED`
+    "Everything that has been written so far; tables that another profile keeps point there."
     found = {(p.parent.name, p.stem): json.loads(p.read_text()) for profile in SHARED
              for p in sorted((results / profile).glob('table?.json'))}
     for number in range(1, 10):
@@ -630,11 +638,12 @@ def _summary_line(page: dict) -> list: # of cells
     title = f"{page['number']}: {page['title']}"
     if 'cost' in page: title = f'[{title}]({at}.md)'
     if 'asked' in page: return [page['asked'], title, '', f"The same runs as in {page['profile']}.", '', '']
-    done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)}" + ''.join(f', without {pair}'
-                                                                                    for pair in page['not_run'] if 'cost' in page)
+    done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)}"
+    if 'cost' in page: done += ''.join(f', without {pair}' for pair in page['not_run'])
     if 'cost' not in page: return [page['profile'], title, done, page['verdict'], '', '']
     if page['models']['asked']:
-        done += f"; {page['models']['fewest']} of {page['models']['asked']} models" + ' (provisional)' * page['provisional']
+        done += f"; {page['models']['fewest']} of {page['models']['asked']} models"
+        done += ' (provisional)' * page['provisional']
     return [page['profile'], title, done, page['verdict'], f"{page['cost']['seconds']:.0f} s",
             f'[figure]({at}.png)']
 
@@ -650,7 +659,8 @@ def list_of_tables(pages: list # of `pages`
             + markdown(columns, lines) + '\n')
 
 # %% ../nbs/internals/report.ipynb #6b670f96
-_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#222;background:#fff}
+_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;
+color:#222;background:#fff}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}
 td,th{padding:.15rem .5rem;text-align:right;white-space:nowrap}
@@ -659,7 +669,8 @@ td:nth-child(-n+4),th:nth-child(-n+4){text-align:left}
 img{max-width:100%;height:auto}
 section{margin-top:3rem;border-top:2px solid #ddd}
 .caption{color:#555;font-size:.85rem}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}a{color:#8cf}img{background:#fff}.caption{color:#aaa}}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}a{color:#8cf}img{background:#fff}
+.caption{color:#aaa}}
 @media print{section{break-before:page}.scroll{overflow:visible}table{font-size:.5rem}}'''
 
 def _html_table(columns: list, # titles
@@ -669,7 +680,8 @@ def _html_table(columns: list, # titles
     from html import escape
     row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{escape(str(cell))}</{tag}>'
                                               for cell in cells) + '</tr>'
-    return f'<div class="scroll"><table><thead>{row(columns, "th")}</thead><tbody>{"".join(row(line, "td") for line in lines)}</tbody></table></div>'
+    head, body = row(columns, 'th'), ''.join(row(line, 'td') for line in lines)
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/internals/report.ipynb #70a8487d
 def _table_section(page: dict, # of `page_of`
@@ -701,7 +713,9 @@ def one_page(results: Path # folder with a folder per profile
     "All tables on one self-contained page; links lead to a folder per profile beside it."
     from html import escape
     found = [page for page in all_pages(results) if 'asked' not in page]
-    link = lambda p: f'<li><a href="#{escape(p["profile"])}/table{int(p["number"])}">{escape(p["profile"])}: Table {int(p["number"])}, {escape(p["title"])}</a></li>'
+    def link(page):
+        profile, number, title = escape(page['profile']), int(page['number']), escape(page['title'])
+        return f'<li><a href="#{profile}/table{number}">{profile}: Table {number}, {title}</a></li>'
     head = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width, initial-scale=1">'
             f'<title>rab_nb results</title><style>{_STYLE}</style><h1>rab_nb: every table, ours beside the '
@@ -761,7 +775,10 @@ def run_notebook(notebook: Path, # an experiment notebook
                  out: Path, # the executed notebook
                  **parameters # values for its `parameters` cell
                 ) -> Path: # out
-    "Execute a notebook through papermill, in the style of `nbs/matplotlibrc`; `out` appears, or is replaced, only when every cell has run."
+    """Execute a notebook through papermill, in the style of `nbs/matplotlibrc`.
+
+    `out` appears, or is replaced, only when every cell has run; ValueError for a parameter
+    that the notebook lacks."""
     import papermill
     _check_parameters(notebook, parameters)
     os.environ.setdefault('MATPLOTLIBRC', str(ROOT / 'nbs/matplotlibrc'))
@@ -836,10 +853,12 @@ def main(arguments=None # of the command line
         elif given.command == 'where': print_locations(given.profile, given.numbers)
         else: write_list()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f'error: {error}', file=sys.stderr); return 2
+        print(f'error: {error}', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print('stopped; finished shards are safe, the same command goes on from here',
-              file=sys.stderr); return 130
+              file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/internals/report.ipynb #8c86f2bb

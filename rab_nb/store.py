@@ -27,7 +27,7 @@ from .certificate import VoteStatistics, check_probabilities, hard_votes
 # %% ../nbs/internals/store.ipynb #2b7d595f
 def plain(value # settings or a part of them
          ): # the same in JSON's types, NumPy scalars and tuples converted
-    "Settings reduced to JSON's types; anything that would not survive the way to a file and back is an error."
+    "Settings in JSON's types; ValueError for anything that would not survive the way to a file and back."
     if value is None or isinstance(value, (bool, str)): return value
     if isinstance(value, (int, np.integer)): return int(value)
     if isinstance(value, (float, np.floating)) and np.isfinite(value):
@@ -199,7 +199,9 @@ class Claim:
         os.close(self.fd)
 
     def commit(self, content: bytes) -> None:
-        "Write, sync, move into place, sync the folder. After an error nothing is left behind; a claim that is gone writes nothing."
+        """Write, sync, move into place, sync the folder.
+
+        After an error nothing is left behind; a claim that is gone writes nothing."""
         if not self.held:
             os.close(self.fd)
             return
@@ -418,7 +420,7 @@ def _whole_sums(outputs: np.ndarray # (healthy models, points, classes)
 def added_up(arrays: dict, # name -> (models, points, classes) outputs; others are passed over
              numbers: list # of the models
             ) -> tuple[dict, tuple]: # sums as in `Block`, numbers of diverged models
-    "Sums over models; a model with a number that is not finite, in any set, has diverged and is left out of all."
+    "Sums over models; one with a number that is not finite, in any set, has diverged and is left out of all."
     sets = {name: a for name, a in arrays.items() if a.ndim == 3 and len(a) == len(numbers)}
     healthy = np.ones(len(numbers), bool)
     for a in sets.values(): healthy &= np.isfinite(a).all((1, 2))
@@ -472,7 +474,7 @@ def _check_once(blocks: list) -> None:
 
 def merge_blocks(blocks # of Block, of any runs
                 ) -> list: # of Block, in an order that does not depend on theirs
-    "Blocks added up where run, origin and thousand are the same; StatisticsError where they overlap and differ."
+    "Blocks added up where run, origin and thousand agree; StatisticsError where they overlap and differ."
     unique = {}
     for b in blocks:
         twins = unique.setdefault((b.where, b.models), [])
@@ -635,7 +637,7 @@ def _under_lock(path, # of a file of blocks
 def update_blocks(path, # of a file of blocks, created where it is missing
                   more: Callable # blocks of the file -> blocks to be added
                  ) -> list: # all blocks that the file holds now
-    "Merge blocks into a file; nothing is written where nothing is new, and an error leaves the file as it was."
+    "Merge blocks into a file; where nothing is new nothing is written, and an error leaves it as it was."
     with _under_lock(path) as path:
         before = read_blocks(path)
         after = merge_blocks([*before, *more(before)])

@@ -35,8 +35,8 @@ _ENSEMBLE_STATEMENTS = (PAPER, *(Statement('soft', bound) for bound in ('hoeffdi
             Statement('hard', 'hoeffding'), Statement('hard', 'clopper_pearson'))
 QUANTISED, EXACT = Statement('L=200', 'exact'), Statement('exact', 'exact')
 
-def statements(table: TableSpec) -> tuple: # the first one fills the paper's columns, the last one is the tightest for models that agree
-    "The statements reported in a table."
+def statements(table: TableSpec) -> tuple: # of Statement
+    "The statements of a table: first the paper's, last the tightest for models that agree."
     return (QUANTISED, EXACT) if table.model == '1nn' else _ENSEMBLE_STATEMENTS
 
 # %% ../nbs/internals/tables.ipynb #15e5f822
@@ -53,7 +53,7 @@ def _supported(statement: Statement, # of an ensemble
 class Finished:
     "A row of a table with everything that its scores need."
     row: Row # which row, pair and seed
-    certificates: dict # Statement -> (Certificate on triggered points; on the clean test set a Certificate, predictions, or None)
+    certificates: dict # Statement -> (Certificate on triggered points; it, predictions or None on clean)
     y: np.ndarray # (n_triggered,), true labels of the triggered points: all of the source class
     y_clean: np.ndarray # (n_test,), labels of the clean test set
     undefended: tuple # predictions of an ordinary classifier on the same two sets
@@ -101,9 +101,10 @@ def _describe_training(blocks: list # of Block, of a smoothed ensemble
     "How the networks were trained, in a line."
     key = blocks[0].key
     train, dp, module = key['train'], key.get('dp'), dict(key['module'])
-    private = f", DP-SGD with C = {dp['max_grad_norm']:g} and noise multiplier {dp['noise_multiplier']:g}" if dp else ''
-    network = module.pop('name') + (f" ({', '.join(f'{k} {v}' for k, v in module.items())})" if module
-                                    else '')
+    private = ', DP-SGD with C = {max_grad_norm:g} and noise multiplier {noise_multiplier:g}'
+    private = private.format(**dp) if dp else ''
+    network = module.pop('name')
+    if module: network += f" ({', '.join(f'{k} {v}' for k, v in module.items())})"
     more = ''.join(f', {k} {v}' for k, v in train.items() if k not in ALWAYS_NAMED)
     return (f"{network}, {train['epochs']} epochs, batch {train['batch_size']}, Adam "
             f"{train['lr']:g}{private}{more}, "
@@ -117,12 +118,12 @@ def _cost_of(blocks: list # of Block
 
 def _finished_ensemble(row: Row, settings: dict, profile: dict, # as from `runs_of`
                        blocks: list # of Block, of the table
-                      ) -> Finished | None: # None if too few models are finished to say anything, or the undefended one is not
+                      ) -> Finished | None: # None if too few models are finished, or not the undefended one
     "Read an ensemble and its undefended model."
     smoothed, alone = (blocks_behind(settings[name], blocks) for name in ('smoothed', 'undefended'))
     if not smoothed or not alone: return None
-    both, noise = [statistics_of(smoothed, name) for name in ('triggered',
-                                                              'clean')], noise_from_repr(settings['smoothed']['noise'])
+    both = [statistics_of(smoothed, name) for name in ('triggered', 'clean')]
+    noise = noise_from_repr(settings['smoothed']['noise'])
     if not _supported(PAPER, both[0], profile['alpha']): return None
     certify = lambda s, stats: certificate.certify_statistics(stats, noise, profile['alpha'], s.bound,
                                                               s.votes, s.simultaneous)
@@ -162,7 +163,11 @@ def _finished_knn(row: Row, settings: dict, profile: dict, blocks: list) -> Fini
     clean = lambda n: arrays.get(f'clean.{classifier_label(row.sigma, n)}.prediction')
     certificates = {QUANTISED if n else EXACT: (_stored_certificate(arrays, 'triggered', row.sigma, n),
                                                 clean(n)) for n in levels}
-    how += f'quantised to {levels[0]} levels (radii of a classifier with the same bucket edges) and exact (clean accuracy: exact)' if len(levels) > 1 else 'exact'
+    if len(levels) == 1: how += 'exact'
+    else:
+        how += (f'quantised to {levels[0]} levels (radii of a classifier with the same bucket edges) and '
+                'exact '
+                '(clean accuracy: exact)')
     seconds, machines = _cost_of(found)
     return Finished(row, certificates, *(arrays[name].astype(np.int64) for name in ('triggered.y',
                                                                                     'clean.y')),
@@ -183,7 +188,7 @@ _RESULTS = 'results' # stands for the file of blocks in results/<profile>
 def finished_rows(table: TableSpec, profile: dict, # its axes; see `load_profile`
                   n_estimators: int = 0, # models per run, if not as many as the profile says
                   first: int = 0, # only the first so many rows; 0: all
-                  statistics=_RESULTS # file of blocks; None: what the local store has, as always for other numbers of models
+                  statistics=_RESULTS # file of blocks; None: the local store, as always for another N
                  ) -> list: # of Finished, possibly none
     "Read every row of a table that something can be said about."
     wanted = {row: runs_of(row, profile, n_estimators) for row in rows_of(table, profile)[:first or None]}
@@ -200,7 +205,7 @@ def _complete(settings: list, # of runs
               statistics, # file of blocks; None: the local store
               n_jobs: int | None = None # worker processes; None: one per CPU or GPU
              ) -> None:
-    "Compute what is missing of some runs; those of which all models are in the file need neither data nor store."
+    "Compute what is missing of some runs; those that are complete in the file need neither data nor store."
     blocks = read_blocks(statistics) if statistics else []
     there = lambda s: sum(b.n_models for b in blocks_behind(s, blocks))
     lacking = [s for s in settings if there(s) < s['n_models']]
@@ -229,7 +234,7 @@ def finish_neighbours(table: TableSpec, profile: dict, # as in `finish`
                       compute: bool = True, # False: leave out what is not finished
                       statistics=_RESULTS # as in `finished_rows`
                      ) -> list: # of Finished, exact only for K > 1
-    "The rows of the first attack setting for a vote among K neighbours, without the first row's further seeds."
+    "The rows of the first attack setting for a vote among K neighbours, for the profile's `seeds`."
     rows = [row for row in rows_of(table, profile)[:first or None] if has_neighbours(row, profile)]
     settings = {row: knn_runs(row, profile, n_neighbors) for row in rows}
     if statistics == _RESULTS: statistics = statistics_path(table.number, profile['profile'])
@@ -314,7 +319,8 @@ def with_means(scores # tidy frame
 # %% ../nbs/internals/tables.ipynb #36da8f60
 def of_statement(scores, statement: Statement):
     "The lines of one statement."
-    return scores[(scores.votes == statement.votes) & (scores.bound == statement.bound) & (scores.simultaneous == statement.simultaneous)]
+    same = (scores.votes == statement.votes) & (scores.bound == statement.bound)
+    return scores[same & (scores.simultaneous == statement.simultaneous)]
 
 # %% ../nbs/internals/tables.ipynb #d2126b49
 def _paper_cells(reading: str = 'first' # of Table 9's radii: 'first' four or 'last' four
@@ -326,8 +332,8 @@ def _paper_cells(reading: str = 'first' # of Table 9's radii: 'first' four or 'l
     if reading == 'last':
         return cells[cells.table == 9].assign(radius=lambda f: f.radius.map({.05: .1, .1: .2, .2: .5,
                                                                              .5: 1.}))
-    accuracy = paper()[[*ROW_COLUMNS,
-                        'prediction_accuracy']].drop_duplicates().rename(columns={'prediction_accuracy': 'paper'})
+    accuracy = paper()[[*ROW_COLUMNS, 'prediction_accuracy']].drop_duplicates()
+    accuracy = accuracy.rename(columns={'prediction_accuracy': 'paper'})
     return pd.concat([accuracy.assign(metric='prediction_accuracy', radius=np.nan), cells], ignore_index=True)
 
 # %% ../nbs/internals/tables.ipynb #a809e2cc
@@ -349,7 +355,7 @@ def _projected(f: Finished, # one row of an ensemble
                n_models: int, # N, as if
                alpha: float # probability that a certificate fails
               ) -> certificate.Certificate: # the paper's statement on the triggered points
-    "What the same average outputs would certify if they came from N models; not a certificate of anything that was run."
+    "What the same averages would certify if N models had given them; no certificate of what was run."
     nothing = np.zeros_like(f.averages)
     pretended = certificate.VoteStatistics(n_models, f.averages, f.averages**2, nothing.astype(np.int64))
     return certificate.certify_statistics(pretended, GaussianNoise(f.row.sigma), alpha, PAPER.bound,

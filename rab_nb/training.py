@@ -41,16 +41,16 @@ from .stacked import Stack, check_independence, hashes, load_state, state
 @dataclass(frozen=True)
 class TrainSpec:
     "All that the trained models depend on, besides the data; ValueError where a setting cannot work."
-    module: object # function that makes a network, called for every model; or an nn.Module, the start of all models
+    module: object # function that makes a network, called for every model; or an nn.Module, their start
     noise: object # smoothing noise: anything with sample(shape, generator)
     n_classes: int = 2
     epochs: int = 2
     batch_size: int = 128
     lr: float = 1e-3 # step size of Adam
     label_noise: float = 0. # probability that a training label is replaced by another one, < 1 - 1/n_classes
-    start: str = 'own' # 'own': model k has a start and batches of its own; 'shared': all have those of model 0
+    start: str = 'own' # 'own': model k has its own start and batches; 'shared': all have those of model 0
     test_noise: str = 'stream' # u of model k: from its 'stream', from the 'hash' of f_k, or 'none' for u = 0
-    test_sigma: float = None # None: u has the law of the noise; else N(0, test_sigma^2), in units of the features
+    test_sigma: float = None # None: u has the law of the noise; else N(0, test_sigma^2), in feature units
     random_state: int = 0
     precision: str = 'auto' # 'float32', 'bf16' or 'auto'; evaluation is always float32
     stack: object = 'auto' # models trained side by side, >= 1, or 'auto'
@@ -186,7 +186,7 @@ _MACHINE = 'precision', 'stack', 'device', 'max_memory'
 
 def identity(spec: TrainSpec # any
             ) -> dict: # plain values, equal for equal runs
-    "What a run's results depend on besides the data, up to rounding: only settings that are not at their defaults."
+    "What results depend on besides the data, up to rounding: settings that are not at their defaults."
     module = initial_module(spec.module, spec.random_state)
     start = hashes({k: v[None] for k, v in module.state_dict().items()})[0]
     name = dict(engine=ENGINE, noise=repr(spec.noise))
@@ -598,7 +598,7 @@ def train(spec: TrainSpec, # resolved
                 after_epoch(epoch + 1, stack)
     return stack
 
-def _may_record(spec, shape): # numbers that layers draw, or private gradients, would be the recorded ones again
+def _may_record(spec, shape): # what layers or private gradients draw would be the recorded numbers again
     if not spec.device.startswith('cuda') or spec.dp is not None: return False
     return not _draws_numbers(initial_module(spec.module, spec.random_state), shape)
 
@@ -815,9 +815,10 @@ def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
                ) -> dict: # probabilities, hashes, diverged, models
     """Train some models of a run and evaluate them: the unit of work of a resumable or distributed run.
 
-    `probabilities` holds (len(indices), n_eval, C) float32 for each name of `x_evals`, `models` (len(indices), ...) for
-    each parameter and buffer, `hashes` one text a model. `diverged` counts models whose outputs are NaN because their
-    parameters are not finite. ValueError if all models diverged and model 0 is one of them: the run would be useless."""
+    `probabilities` holds (len(indices), n_eval, C) float32 for each name of `x_evals`, `models`
+    (len(indices), ...) for each parameter and buffer, `hashes` one text a model. `diverged` counts models
+    whose outputs are NaN because their parameters are not finite. ValueError if all models diverged and
+    model 0 is one of them."""
     open_stack, spec = spec.stack == 'auto', resolved(spec, np.shape(x))
     indices = [int(k) for k in indices]
     check_device(spec.device)

@@ -57,8 +57,8 @@ def _label_by_kind(settings: dict, arrays: dict) -> Label:
     return Label(settings['kind'], {}, {})
 
 def register(name: str, # value of settings['kind']
-             shard: Callable, # (settings, range of model numbers) -> dict of arrays; a pure function of an importable module
-             environment: Callable = _no_environment, # (settings, device) -> plain values that enter the identity
+             shard: Callable, # (settings, range of model numbers) -> dict of arrays; pure
+             environment: Callable = _no_environment, # (settings, device) -> plain values of the identity
              named: Callable = dict, # settings -> those that are part of the run's name
              label: Callable = _label_by_kind # (settings, arrays of a shard) -> Label of its blocks
             ) -> None:
@@ -79,7 +79,7 @@ def check_name(table: dict, # what is allowed
 
 def kind_of(settings: dict # with kind
            ) -> Kind: # its functions
-    "Look up the kind of a run; ValueError for one that nobody registered (rab_nb.experiments registers its own)."
+    "Look up the kind of a run; ValueError for one that nobody has registered (see rab_nb.experiments)."
     return KINDS[check_name(KINDS, 'kind', settings.get('kind'))]
 
 # %% ../nbs/internals/workers.ipynb #a38edd5a
@@ -104,7 +104,7 @@ def open_run(settings: dict, # plain values with kind, n_models, shard_size
              store=None, # see `store_root`
              device: str = 'auto' # 'auto', 'cpu' or 'cuda'
             ) -> Run: # nothing is written yet
-    "What a run is called, and what is to be computed of it; ValueError for settings that their kind cannot use."
+    "A run's name and what is to be computed of it; ValueError for settings that their kind cannot use."
     settings = plain(settings)
     check_sizes(settings)
     kind = kind_of(settings)
@@ -121,7 +121,7 @@ def open_run(settings: dict, # plain values with kind, n_models, shard_size
 # %% ../nbs/internals/workers.ipynb #af68e7a9
 @lru_cache(maxsize=1)
 def _processor() -> str: # such as 'GenuineIntel, family 6, model 143, AVX512'
-    "The processor as Linux tells it, elsewhere its architecture, and the instructions that torch makes use of."
+    "The processor as Linux tells it, elsewhere its architecture, and the instructions that torch uses."
     try:
         first = Path('/proc/cpuinfo').read_text().split('\n\n')[0]
         said = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in first.splitlines())
@@ -134,7 +134,7 @@ def compute_shard(kind: Kind, # functions of the run
                   settings: dict, # with 'environment' and 'device'
                   models: range # numbers
                  ) -> tuple[dict, dict]: # arrays, note
-    "One shard, computed here; RuntimeError where this machine would compute something else than the run is named by."
+    "One shard, computed here; RuntimeError where this machine would compute something else."
     wanted, device = settings['environment'], settings.get('device', 'cpu')
     bare = {k: v for k, v in settings.items() if k not in ('environment', 'device')}
     here = plain(kind.environment(bare, device))
@@ -211,14 +211,18 @@ def _compute_here(jobs # of Job or None
                  ): # yields job, arrays, note
     "Compute jobs one after another in this process."
     for job in jobs:
-        if job is None: time.sleep(.2); continue
+        if job is None:
+            time.sleep(.2)
+            continue
         try: result = compute_shard(*job.call)
-        except BaseException: job.claim.release(); raise
+        except BaseException:
+            job.claim.release()
+            raise
         yield job, *result
 
 # %% ../nbs/internals/workers.ipynb #ed9b132a
 def _attempt(name: str, kind: Kind, settings: dict, models: range) -> tuple[dict, dict]:
-    "`compute` in a worker process; RuntimeError with the whole story where it fails."
+    "`compute_shard` in a worker process; RuntimeError with the whole story where it fails."
     try:
         if settings.get('device') == 'cuda':
             torch.cuda.set_device(worker_number() % torch.cuda.device_count())
@@ -245,7 +249,8 @@ def _client(address: str, patience: float):
     try: return Client(address, timeout=patience, set_as_default=False)
     except (OSError, TimeoutError) as e:
         raise ConnectionError(f'no Dask scheduler answered at {address} within {patience} s '
-                              f'({type(e).__name__}): finished shards are safe, start one and run again') from None
+                              f'({type(e).__name__}): finished shards are safe, start one and run '
+                              'again') from None
 
 # %% ../nbs/internals/workers.ipynb #dd947411
 def _submit(client, job: Job, retries: int):
@@ -255,7 +260,7 @@ def _submit(client, job: Job, retries: int):
     return client.submit(compute_shard, *job.call, key=key, retries=retries, resources=resources)
 
 def _gather(client, jobs: list, retries: int, deadline: Deadline): # yields job, arrays, note
-    "Submit everything and yield results in the order in which they finish; ConnectionError when the scheduler is lost."
+    "Submit everything and yield results as they finish; ConnectionError when the scheduler is lost."
     from distributed import as_completed
     from distributed.client import FutureCancelledError
     asked = {_submit(client, job, retries): job for job in jobs}
@@ -272,7 +277,7 @@ def _gather(client, jobs: list, retries: int, deadline: Deadline): # yields job,
 def compute_on_cluster(jobs: list, # of Job
                        address: str, # of a Dask scheduler, 'tcp://...'
                        retries: int = 2, # how often Dask repeats a failed shard
-                       patience: float = 60, # seconds to wait for a scheduler, at the start or after losing it
+                       patience: float = 60, # seconds to wait for a scheduler, at first or after a loss
                        deadline: Deadline = Deadline() # when to stop waiting for results
                       ): # yields job, arrays, note
     "Compute jobs on the workers of a Dask scheduler."
@@ -358,8 +363,8 @@ def _n_workers(n_jobs: int | None, # processes; None: as many as this process ma
         raise ValueError("device 'cuda': torch sees no GPU here; use device='cpu', or a scheduler whose "
                          "workers have one")
     if n_jobs not in (None, -1): return n_jobs
-    return torch.cuda.device_count() if device == 'cuda' else len(os.sched_getaffinity(0)) if hasattr(os,
-                                                                                                      'sched_getaffinity') else os.cpu_count()
+    if device == 'cuda': return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 # %% ../nbs/internals/workers.ipynb #5a7e0020
 _TURN = 100
@@ -418,7 +423,7 @@ def _work(todo: list, kept: _Kept, bar, deadline: Deadline, *how) -> None:
 # %% ../nbs/internals/workers.ipynb #5a7e0022
 def run_all(settings: list, # of settings, each as in `run`
             store=None, n_jobs=None, scheduler=None, device='auto', retries=2, progress=True, # as in `run`
-            statistics=None, # a file of blocks: what it holds is not computed, what is computed is added to it
+            statistics=None, # a file of blocks: what it holds is not computed, what is computed is added
             beside=(), # more files of blocks whose models are not computed
             until: float = math.inf # of `time.monotonic`: stop before
            ) -> list[Run]: # complete, unless the time was up
