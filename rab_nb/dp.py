@@ -220,20 +220,19 @@ def clipped_sum(stack: Stack, # folded
                 loss, # (outputs, y) -> (M, B)
                 max_grad_norm: float, # C
                 models=None, # numbers of the models, for messages
-                step=None # number of the step, for messages
+                step=None # number of the step; an error is raised at None and 1 only
                ) -> torch.Tensor: # (M, B) norms before clipping, never too small
     """Write the sum of the clipped per-sample gradients to the stack's gradient.
 
     What one sample adds has a norm of at most C, up to float32 rounding (Abadi et al. 2016, Algorithm 1).
-    ValueError if a gradient is NaN or infinite; or if no layer takes part that has weights."""
+    ValueError if no layer takes part that has weights; or if a gradient is NaN or infinite at step 1 or where no
+    step is given. At later steps the gradient of that model becomes NaN, and nothing waits for a GPU."""
     found = _record(stack, x, y, loss)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         parts = [p for layer, uses in found.items() for p in _PARTS[type(layer)](layer, uses, stack.n_models)]
         norms = sum(squares for _, squares, _ in parts).sqrt()
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not captured:
-            _check_gradients(norms, models, step, stack, x)
-        factors = _clip_factors(norms, max_grad_norm).float()
+        if step in (None, 1): _check_gradients(norms, models, step, stack, x)
+        factors = _clip_factors(norms, max_grad_norm).where(norms.isfinite(), math.nan).float()
         stack.flat.grad.zero_()
         for parameter, _, total in parts:
             parameter.grad.copy_(total(factors))
@@ -320,11 +319,12 @@ def _opacus_step(opacus, dp, stack, x, y, loss, generator, batch_size, models, s
         sgd, noise_multiplier=dp.noise_multiplier, max_grad_norm=dp.max_grad_norm,
         expected_batch_size=batch_size, generator=generator)
     squares = sum(_square_norms(each[None]) for each in sgd.grad_samples)
-    _check_gradients(squares.sqrt(), models, step, stack, x)
-    views = {p: p.grad for p in sgd.params}
+    if step in (None, 1): _check_gradients(squares.sqrt(), models, step, stack, x)
+    views, known = {p: p.grad for p in sgd.params}, torch.where(squares.isfinite().all(), 1., math.nan)
     sgd.pre_step()
     for p, view in views.items():
-        p.grad = view.copy_(p.grad)
+        p.grad = view.copy_(p.grad * known)
+
 
 # %% ../nbs/21_dp.ipynb #4917583a
 def _check_settings(dp):

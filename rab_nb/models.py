@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['n_parameters', 'mnist_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'PreActBlock', 'preact_resnet', 'small_resnet',
-           'resnet18']
+           'strided_cnn', 'resnet18']
 
 # %% ../nbs/12_models.ipynb #739ad8bd
 import torch
@@ -106,6 +106,16 @@ def small_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number o
                 ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs)
     "One pre-activation block per stage after a strided stem: the CIFAR network's relative for runs on a CPU."
     return preact_resnet(n_outputs, n_blocks=1, norm=norm, stem_stride=stem_stride)
+
+# %% ../nbs/12_models.ipynb #57d1ded1
+def strided_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
+                width: int = 32 # channels of the first convolution
+               ) -> nn.Module: # (B, 3, 32, 32) -> (B, n_outputs)
+    "Windows of 4x4 pixels, windows of 2x2 positions and a linear layer: the cheapest network for CIFAR-10."
+    return nn.Sequential(
+        nn.Conv2d(3, width, 4, stride=4), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 2, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * width, n_outputs))
 
 # %% ../nbs/12_models.ipynb #9db321b2
 def resnet18(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
