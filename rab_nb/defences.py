@@ -197,8 +197,8 @@ def _check_learner(estimator):
         raise ValueError('estimator must be a scikit-learn classifier such as NearestCentroid(), or a function '
                          f'that makes a torch module, got {estimator!r}')
 
-def _fit_rows(estimator, seed, k, x, y): # (m, d), (m,) class positions -> number of a class, or (classes, model)
-    if not len(y): return 0
+def _fit_rows(estimator, seed, k, x, y): # (m, d), (m,) class positions -> None, a class, or (classes, model)
+    if not len(y): return None
     if (y == y[0]).all(): return int(y[0])
     present, local = np.unique(y, return_inverse=True)
     try: return present, seeded(estimator, seed, k).fit(x, local)
@@ -216,6 +216,7 @@ def _ranking(model, x): # fitted; -> (n, classes that it knows)
 
 def _answer(found, x, n_classes, ranked): # from `_fit_rows`; (n, d) -> (n, C) scores
     scores = np.full((len(x), n_classes), -np.inf)
+    if found is None: return scores
     if isinstance(found, int): scores[:, found] = 0
     elif ranked: scores[:, found[0]] = _ranking(found[1], x)
     else: scores[np.arange(len(x)), found[0][found[1].predict(x)]] = 0
@@ -253,14 +254,14 @@ def _network_spec(self, shape): # shape of the inputs
     return resolved(spec, shape)
 
 def _fit_network(spec, k, x, y): # as `_fit_rows`; a group of one model of the engine
-    if not len(y): return 0
+    if not len(y): return None
     if (y == y[0]).all(): return int(y[0])
     return train_group(spec, x, y, {}, k, True)
 
-def _network_answer(spec, k, found, x, n_classes): # (n, C) scores; a model that diverged answers the first class
-    if isinstance(found, int): return _answer(found, x, n_classes, False)
+def _network_answer(spec, k, found, x, n_classes): # (n, C) scores; a model that diverged has no vote
+    if not isinstance(found, dict): return _answer(found, x, n_classes, False)
     scores = next(iter(answer_groups(spec, {k: found}, x)))[0]
-    return np.where(np.isnan(scores), 0., scores)
+    return np.where(np.isnan(scores), -np.inf, scores)
 
 # %% ../nbs/25_defences.ipynb #25d0001f
 _GROUP = 16 # models that a worker fits at a time
@@ -302,10 +303,14 @@ def _all_scores(self, x, ranked=False): # checked inputs; yields (n, models of a
 # %% ../nbs/25_defences.ipynb #25d00020
 def _votes(self, x): # checked inputs -> (n, C) number of models that answer each class
     total = np.zeros((len(x), len(self.classes_)), np.int64)
-    for scores in _all_scores(self, x):
-        best = scores.argmax(2)
-        for c in range(total.shape[1]): total[:, c] += (best == c).sum(1)
+    for scores in _all_scores(self, x): total += _ballots(scores)
     return total
+
+def _ballots(scores): # (n, M, C) -> (n, C) first choices, of models that have one
+    best = np.where(_cast(scores), scores.argmax(2), -1)
+    return np.stack([(best == c).sum(1) for c in range(scores.shape[2])], 1)
+
+def _cast(scores): return scores.max(2) > -np.inf # (n, M) whether the model votes
 
 class _Voting(ClassifierMixin, BaseEstimator):
     "Fit, shares of the votes, and their winner."
@@ -327,11 +332,13 @@ class _Voting(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X) -> np.ndarray: # (n, C)
         "Shares of the votes."
-        return self.votes(X) / len(self.models_)
+        votes = self.votes(X)
+        return votes / votes.sum(1, keepdims=True)
 
     def predict(self, X) -> np.ndarray: # (n,) labels
         "The class with most votes, the first of those that are tied."
-        return self.classes_[self.votes(X).argmax(1)]
+        best = self.votes(X).argmax(1)
+        return self.classes_[best]
 
 # %% ../nbs/25_defences.ipynb #25d00022
 def _digests(x, seed, by): # (n, d) -> (n, 2) uint64, a keyed hash of every row
@@ -353,8 +360,6 @@ def assign_rows(x: np.ndarray, y: np.ndarray, # (n, d) finite inputs, (n,) class
     return rows, np.searchsorted(part[rows], np.arange(n_partitions + 1))
 
 # %% ../nbs/25_defences.ipynb #25d00026
-def _one_hot(scores): return (scores.argmax(2)[..., None] == np.arange(scores.shape[2])).astype(np.int64)
-
 def _finalists(first): # (n, C) votes of the first round -> (n, 2) positions
     return np.argsort(-first, axis=1, kind='stable')[:, :2]
 
@@ -366,20 +371,20 @@ def _duels(scores, finalists, first_model=0): # (n, M, C) scores of a block, (n,
     for i in (0, 1):
         mine = finalists[:, i, None, None]
         own = np.take_along_axis(scores, mine, 2)
-        out[:, i] = ((own > scores) | (own == scores) & ((mine < np.arange(classes)) ^ odd)).sum(1)
+        higher = (own > scores) | (own == scores) & ((mine < np.arange(classes)) ^ odd)
+        out[:, i] = (higher & _cast(scores)[..., None]).sum(1)
     return out
 
 # %% ../nbs/25_defences.ipynb #25d00038
-def run_off_radius(first, finalists, duels, n_models: int # (n, C), (n, 2), (n, 2, C) whole numbers; number of models
+def run_off_radius(first, finalists, duels # (n, C) votes of the first round, (n, 2), (n, 2, C) of the duels
                   ) -> tuple: # (n,) positions of the winners, (n,) models that may change without changing them
     "Winners of a run-off and their radius (Rezaei et al. 2023, Theorem 3.2); ties go to the class that comes first."
-    at, classes = np.arange(len(first)), np.arange(first.shape[1])
+    at, classes, cast = np.arange(len(first)), np.arange(first.shape[1]), first.sum(1)
     a, b = finalists.T
-    ahead = duels[at, 0, b]
-    won = np.where((2 * ahead > n_models) | (2 * ahead == n_models) & (a < b), 0, 1)
+    ahead = 2 * duels[at, 0, b] - cast
+    won = np.where((ahead > 0) | (ahead == 0) & (a < b), 0, 1)
     winner, other = finalists[at, won], finalists[at, 1 - won]
-    duel = duels[at, won]
-    gap = 2 * duel - n_models + (winner[:, None] < classes)
+    gap = 2 * duels[at, won] - cast[:, None] + (winner[:, None] < classes)
     enter = np.where(classes == other[:, None], 0, _half_up(_lead(first, other)))
     lose = np.maximum(_half_up(gap), enter)
     lose[at, winner] = np.iinfo(lose.dtype).max
@@ -415,11 +420,11 @@ def _elect(self, X): # fitted -> (n,) positions, (n,) partitions that may be rea
     check_is_fitted(self, 'models_')
     x = check_rows(self, X, fitted=True)
     if self.election_ == 'majority' or len(self.classes_) < 3: return vote_radius(_votes(self, x))
-    first = sum(_one_hot(scores).sum(1) for scores in _all_scores(self, x, True))
+    first = sum(_ballots(scores) for scores in _all_scores(self, x, True))
     two, duels, done = _finalists(first), 0, 0
     for scores in _all_scores(self, x, True):
         duels, done = duels + _duels(scores, two, done), done + scores.shape[1]
-    return run_off_radius(first, two, duels, len(self.models_))
+    return run_off_radius(first, two, duels)
 
 # %% ../nbs/25_defences.ipynb #25d00036
 class PartitionClassifier(_Partitions):
@@ -428,12 +433,12 @@ class PartitionClassifier(_Partitions):
     assign_by='position' covers rows changed in place, labels included; 'content' covers rows inserted, deleted and
     relabelled, and changed rows at two for one. Levine and Feizi 2021, arXiv 2006.14768; the run-off: Rezaei et al.
     2023, arXiv 2302.02300. ValueError for settings that cannot work, among them more partitions than rows. The rows of
-    an attack carry labels of `classes_`. A part without rows answers the first class, a part of one class this class."""
+    an attack carry labels of `classes_`. A part without rows has no vote, a part of one class votes for it."""
     def _share_out(self, x, y): # rows of every model, where each starts
         k = _whole('n_partitions', self.n_partitions, 1)
         if k > len(x):
-            raise ValueError(f'n_partitions = {k} is more than the {len(x)} training rows: at most that many parts '
-                             'can have a row; take fewer partitions')
+            raise ValueError(f'n_partitions = {k} is more than n_samples = {len(x)}: at most that many parts can have '
+                             'a training row; take fewer partitions')
         _one_of('assign_by', self.assign_by, ('position', 'content'))
         _one_of('election', self.election, ('majority', 'run-off'))
         self.rows_, self.starts_ = assign_rows(x.reshape(len(x), -1), y, k, self.random_state, self.assign_by)
@@ -442,7 +447,8 @@ class PartitionClassifier(_Partitions):
 
     def predict(self, X) -> np.ndarray: # (n,) labels
         "The winner of the election; the first of tied classes."
-        return self.classes_[_elect(self, X)[0]]
+        winner, _ = _elect(self, X)
+        return self.classes_[winner]
 
     def certify(self, X) -> RowCertificate:
         "Certificates at X, in rows: without chance, for an attacker who knows everything."
@@ -540,7 +546,7 @@ class PlainKNNClassifier(ClassifierMixin, BaseEstimator):
         x = check_rows(self, X, np.float64)
         self.classes_, y = check_labels(y, len(x), least=1)
         k = _whole('n_neighbors', self.n_neighbors, 1)
-        if k > len(x): raise ValueError(f'n_neighbors = {k} is more than the {len(x)} training rows: take fewer')
+        if k > len(x): raise ValueError(f'n_neighbors = {k} is more than n_samples = {len(x)}: take fewer')
         record_features(self, X, x.shape[1:])
         self.n_train_, self.n_neighbors_, self._x, self._y = len(x), k, x.reshape(len(x), -1), y
         return self
@@ -559,7 +565,8 @@ class PlainKNNClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X) -> np.ndarray: # (n,) labels
         "The class with most votes, the first of those that are tied."
-        return self.classes_[self.votes(X).argmax(1)]
+        best = self.votes(X).argmax(1)
+        return self.classes_[best]
 
     def certify(self, X) -> RowCertificate:
         "Certificates at X, in rows: without chance, for an attacker who knows everything."
