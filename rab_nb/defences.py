@@ -777,7 +777,8 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
 # %% ../nbs/25_defences.ipynb #25d00061
 def _choose(settings, choosing, scoring, grid): # data to choose on, data to score on, each as in `_tried`; rows and norms
     "Shares (2, R, M) of the setting chosen for each attack, the choice, clean accuracies and seconds of all settings."
-    shares = np.stack([_tried(s, *choosing, *grid)[0] for s in settings])
+    only = len(settings) == 1 # nothing to choose
+    shares = np.stack([np.zeros((2, *map(len, grid))) if only else _tried(s, *choosing, *grid)[0] for s in settings])
     choice = shares.argmax(0)
     out, clean, seconds = np.zeros(choice.shape), np.full(len(settings), np.nan), np.full((len(settings), 2), np.nan)
     for i in np.unique(choice):
