@@ -32,7 +32,8 @@ from .noise import GaussianNoise, rng, stream
 
 # %% ../nbs/25_defences.ipynb #25d00009
 KINDS = 'changed', 'relabelled', 'inserted', 'deleted'
-_VOTERS = dict(partitions='models of disjoint partitions', bags='models of random bags', neighbours='nearest rows')
+_VOTERS = dict(partitions='models of disjoint partitions', bags='models of random bags',
+               neighbours='nearest rows')
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RowCertificate:
@@ -57,7 +58,7 @@ class RowCertificate:
     def __getitem__(self, points): "The certificate of some points."; return _take(self, points)
     labels = property(lambda self: _labels(self), doc='(n_points,), None where abstaining, or NaN for floats')
     def covers(self, n_rows, kind=None):
-        "Points whose prediction tolerates so many poisoned rows of one of the `KINDS`; None: those that cost 1."
+        "Points that tolerate so many poisoned rows of one of the `KINDS`; None: of those that cost 1."
         return _covers(self, n_rows, kind)
     def explain(self, point=None): "What is certified, in words."; return _explain(self, point)
     def to_frame(self, index=None): "One row per point, as a pandas DataFrame."; return _to_frame(self, index)
@@ -76,7 +77,8 @@ def _check_rows_certificate(c):
     if len(radius) and (radius.dtype.kind != 'i' or radius.min() < 0):
         raise ValueError(f'radius must hold whole numbers >= 0, got {radius[:5]} of {radius.dtype}')
     if len(prediction) and not (-1 <= prediction.min() <= prediction.max() < len(classes)):
-        raise ValueError(f'prediction must be -1 or a position in {classes.tolist()[:10]}, got {prediction.max()}')
+        raise ValueError(f'prediction must be -1 or a position in {classes.tolist()[:10]}, '
+                         f'got {prediction.min()} to {prediction.max()}')
     if c.voters not in _VOTERS or set(c.cost) - set(KINDS):
         raise ValueError(f'voters must be one of {list(_VOTERS)} and cost name some of {KINDS}, '
                          f'got {c.voters!r} and {c.cost!r}')
@@ -116,27 +118,31 @@ def _listed(words): return ' or '.join([', '.join(words[:-1]), words[-1]] if len
 
 def _statement(c):
     "What holds for every point."
-    chance = 'For certain' if not c.alpha else (f'With probability at least {100 * (1 - c.alpha):.6g} % over bags '
-                                                'that the attacker does not know')
+    sure, chance = f'{100 * (1 - c.alpha):.6g} %', 'For certain'
+    if c.alpha: chance = f'With probability at least {sure} over bags that the attacker does not know'
     kinds = _listed([k for k in KINDS if c.cost.get(k) == 1])
-    text = (f'{chance}, the prediction on this fixed test input is the same as after training on the unpoisoned rows, '
-            f'if no more rows than the radius were {kinds}, in any mixture and in any way, with labels of these classes. ')
+    text = (f'{chance}, the prediction on this fixed test input is the same as after training on the '
+            f'unpoisoned rows, if no more rows than the radius were {kinds}, in any mixture and in any way, '
+            'with labels of these classes. ')
     text += ''.join(f'A row that was {k} counts as {v}. ' for k, v in c.cost.items() if v > 1)
     outside = [f'rows that were {k}' for k in KINDS if k not in c.cost] + ['a change of the test input']
-    return text + f'It does not cover {_listed(outside)}, nor a change, however small, in more rows than that.'
+    small = 'nor a change, however small, in more rows than that'
+    return f'{text}It does not cover {_listed(outside)}, {small}.'
 
 def _explain(c, point=None):
     if point is None: return _statement(c)
     points, labels = np.atleast_1d(np.arange(len(c))[point]), c.labels.tolist()
-    said = [f'Point {i}: class {labels[i]!r}, radius {c.radius[i]} of {c.n_train} rows.' if c.prediction[i] >= 0
-            else f'Point {i}: the classifier abstains, nothing is certified.' for i in points]
+    won = lambda i: f'class {labels[i]!r}, radius {c.radius[i]} of {c.n_train} rows'
+    lost = 'the classifier abstains, nothing is certified'
+    said = [f'Point {i}: {won(i) if c.prediction[i] >= 0 else lost}.' for i in points]
     return ('\n' if len(points) > 1 else ' ').join(said + [_statement(c)])
 
 # %% ../nbs/25_defences.ipynb #25d0000c
 def _summary(c):
     median = f'{np.median(c.radius):g}' if len(c) else '-'
     chance = f', alpha={c.alpha:g}' if c.alpha else ''
-    return (f'{len(c)} points, {(c.prediction < 0).sum()} abstain, median radius {median} of {c.n_train} rows, '
+    radius = f'median radius {median} of {c.n_train} rows'
+    return (f'{len(c)} points, {(c.prediction < 0).sum()} abstain, {radius}, '
             f'{c.n_voters} {_VOTERS[c.voters]}, cost {c.cost}{chance}')
 
 def _to_frame(c, index=None):
@@ -144,7 +150,8 @@ def _to_frame(c, index=None):
     import pandas as pd
     columns = dict(prediction=c.prediction, label=c.labels, radius=c.radius)
     evidence = {k: getattr(c, k) for k in ('voters', 'n_voters', 'n_train', 'alpha')}
-    return pd.DataFrame(columns, index=index).assign(**evidence, **{f'cost_{k}': v for k, v in c.cost.items()})
+    costs = {f'cost_{k}': v for k, v in c.cost.items()}
+    return pd.DataFrame(columns, index=index).assign(**evidence, **costs)
 
 def _right(c, y): # (n,) labels -> (n,) booleans
     truth, labels = np.asarray(y, dtype=object), c.labels
@@ -163,7 +170,7 @@ def _plot_rows(c, y=None, ax=None):
     return ax
 
 # %% ../nbs/25_defences.ipynb #25d00010
-def _lead(votes, winner): # (n, C) votes, (n,) positions -> (n, C) what each class has to make up, > 0 for rivals
+def _lead(votes, winner): # (n, C), (n,) positions -> (n, C) what each class has to make up, > 0 for rivals
     mine = np.take_along_axis(votes, winner[:, None], 1)
     return mine - votes + (winner[:, None] < np.arange(votes.shape[1]))
 
@@ -171,7 +178,7 @@ def _half_up(gap): return np.maximum(-(-gap // 2), 0) # votes that close a gap
 
 def vote_radius(votes: np.ndarray # (n, C) whole numbers
                ) -> tuple: # (n,) positions of the winners, (n,) votes that may move without changing them
-    "Winners of a vote and their radius in moved votes; the first of tied classes wins (Levine and Feizi, (2))."
+    "Winners of a vote, the first of tied classes, and their radius in moved votes (Levine and Feizi 2021)."
     winner, at = votes.argmax(1), np.arange(len(votes))
     if votes.shape[1] == 1: return winner, np.maximum((votes[:, 0] - 1) // 2, 0)
     needed = _half_up(_lead(votes, winner))
@@ -188,21 +195,23 @@ def _whole(name, value, least, hint=''):
 def _one_of(name, value, allowed):
     if value not in allowed: raise ValueError(f'{name} must be one of {list(allowed)}, got {value!r}')
 
-def _is_network(estimator): return isinstance(estimator, nn.Module) or not hasattr(estimator, 'fit') and callable(estimator)
+def _is_network(estimator):
+    return isinstance(estimator, nn.Module) or not hasattr(estimator, 'fit') and callable(estimator)
 
 def _check_learner(estimator):
     "ValueError where it can be no base learner."
     if _is_network(estimator) and not isinstance(estimator, type): return
     if isinstance(estimator, type) or not hasattr(estimator, 'get_params') or not is_classifier(estimator):
-        raise ValueError('estimator must be a scikit-learn classifier such as NearestCentroid(), or a function '
-                         f'that makes a torch module, got {estimator!r}')
+        raise ValueError('estimator must be a scikit-learn classifier such as NearestCentroid(), or a '
+                         f'function that makes a torch module, got {estimator!r}')
 
 def _fit_rows(estimator, seed, k, x, y): # (m, d), (m,) class positions -> None, a class, or (classes, model)
     if not len(y): return None
     if (y == y[0]).all(): return int(y[0])
     present, local = np.unique(y, return_inverse=True)
     try: return present, seeded(estimator, seed, k).fit(x, local)
-    except Exception as e: raise ValueError(f'model {k}, {estimator!r}, cannot be fitted to its {len(y)} rows: {e}') from e
+    except Exception as e:
+        raise ValueError(f'model {k}, {estimator!r}, cannot be fitted to its {len(y)} rows: {e}') from e
 
 # %% ../nbs/25_defences.ipynb #25d00016
 def _ranking(model, x): # fitted; -> (n, classes that it knows)
@@ -223,7 +232,7 @@ def _answer(found, x, n_classes, ranked): # from `_fit_rows`; (n, d) -> (n, C) s
     return scores
 
 # %% ../nbs/25_defences.ipynb #25d00019
-def _means(x, y, n_classes, rows, starts): # (n, d), (n,) positions; rows of all models one after the other, where each starts
+def _means(x, y, n_classes, rows, starts): # (n, d), (n,) positions; rows of all models, where each starts
     "Class means of every model: (M, C, d), NaN for a class without rows."
     models = len(starts) - 1
     cell = np.repeat(np.arange(models), np.diff(starts)) * n_classes + y[rows]
@@ -266,7 +275,7 @@ def _network_answer(spec, k, found, x, n_classes): # (n, C) scores; a model that
 # %% ../nbs/25_defences.ipynb #25d0001f
 _GROUP = 16 # models that a worker fits at a time
 
-def _fit_group(fit, x, y, rows, starts, group): # function of k, rows and labels; see `_means`; number of the group
+def _fit_group(fit, x, y, rows, starts, group): # function of k, x and y; see `_means`; number of the group
     last = min((group + 1) * _GROUP, len(starts) - 1)
     parts = ((k, rows[starts[k]:starts[k + 1]]) for k in range(group * _GROUP, last))
     return [fit(k, x[mine], y[mine]) for k, mine in parts]
@@ -288,7 +297,7 @@ def _fit_models(self, x, y, rows, starts): # sets models_: means, or a list
     done = dict(map_groups(partial(_fit_group, fit, x, y, rows, starts), groups, jobs))
     self.models_ = [found for g in groups for found in done[g]]
 
-def _all_scores(self, x, ranked=False): # checked inputs; yields (n, models of a block, C) of all models in order
+def _all_scores(self, x, ranked=False): # checked inputs; yields (n, models of a block, C), in order
     c = len(self.classes_)
     if self.spec_:
         for k, found in enumerate(self.models_): yield _network_answer(self.spec_, k, found, x, c)[:, None]
@@ -320,7 +329,8 @@ class _Voting(ClassifierMixin, BaseEstimator):
         self.classes_, y = check_labels(y, len(x), least=1)
         record_features(self, X, x.shape[1:])
         if isinstance(self.random_state, bool) or not isinstance(self.random_state, (int, np.integer)):
-            raise ValueError(f'random_state must be a whole number, as every draw is a function of it, got {self.random_state!r}')
+            raise ValueError('random_state must be a whole number, as every draw is a function of it, '
+                             f'got {self.random_state!r}')
         _fit_models(self, x, y, *self._share_out(x, y))
         self.n_train_ = len(x)
         return self
@@ -363,8 +373,8 @@ def assign_rows(x: np.ndarray, y: np.ndarray, # (n, d) finite inputs, (n,) class
 def _finalists(first): # (n, C) votes of the first round -> (n, 2) positions
     return np.argsort(-first, axis=1, kind='stable')[:, :2]
 
-def _duels(scores, finalists, first_model=0): # (n, M, C) scores of a block, (n, 2), its first model -> (n, 2, C)
-    "Models that rank the finalist higher; of classes with equal scores odd models take the later, even ones the earlier."
+def _duels(scores, finalists, first_model=0): # (n, M, C) of a block, (n, 2), its first model -> (n, 2, C)
+    "Models that rank the finalist higher; of equal scores odd models take the later class, even the earlier."
     n, models, classes = scores.shape
     odd = (np.arange(first_model, first_model + models) % 2 == 1)[:, None]
     out = np.empty((n, 2, classes), np.int64)
@@ -377,8 +387,8 @@ def _duels(scores, finalists, first_model=0): # (n, M, C) scores of a block, (n,
 
 # %% ../nbs/25_defences.ipynb #25d00038
 def run_off_radius(first, finalists, duels # (n, C) votes of the first round, (n, 2), (n, 2, C) of the duels
-                  ) -> tuple: # (n,) positions of the winners, (n,) models that may change without changing them
-    "Winners of a run-off and their radius (Rezaei et al. 2023, Theorem 3.2); ties go to the class that comes first."
+                  ) -> tuple: # (n,) positions of the winners, (n,) models that may change
+    "Winners of a run-off, the first of tied classes, and their radius in models (Rezaei et al. 2023)."
     at, classes, cast = np.arange(len(first)), np.arange(first.shape[1]), first.sum(1)
     a, b = finalists.T
     ahead = 2 * duels[at, 0, b] - cast
@@ -411,8 +421,8 @@ class _Partitions(_Voting):
                  epochs: int = 20, batch_size: int = 32, lr: float = 1e-3, # of torch modules, by Adam
                  device: str = 'auto' # of torch modules
                 ):
-        self.estimator, self.n_partitions, self.assign_by, self.election = estimator, n_partitions, assign_by, election
-        self.random_state, self.n_jobs = random_state, n_jobs
+        self.estimator, self.n_partitions, self.assign_by = estimator, n_partitions, assign_by
+        self.election, self.random_state, self.n_jobs = election, random_state, n_jobs
         self.epochs, self.batch_size, self.lr, self.device = epochs, batch_size, lr, device
 
 # %% ../nbs/25_defences.ipynb #25d00037
@@ -430,15 +440,16 @@ def _elect(self, X): # fitted -> (n,) positions, (n,) partitions that may be rea
 class PartitionClassifier(_Partitions):
     """Deep partition aggregation: a vote of models of disjoint parts of the training set, certified in rows.
 
-    assign_by='position' covers rows changed in place, labels included; 'content' covers rows inserted, deleted and
-    relabelled, and changed rows at two for one. Levine and Feizi 2021, arXiv 2006.14768; the run-off: Rezaei et al.
-    2023, arXiv 2302.02300. ValueError for settings that cannot work, among them more partitions than rows. The rows of
-    an attack carry labels of `classes_`. A part without rows has no vote, a part of one class votes for it."""
+    assign_by='position' covers rows changed in place, labels included; 'content' covers rows inserted,
+    deleted and relabelled, and changed rows at two for one. Levine and Feizi 2021, arXiv 2006.14768; the
+    run-off: Rezaei et al. 2023, arXiv 2302.02300. The rows of an attack carry labels of `classes_`. A part
+    without rows has no vote, a part of one class votes for it. ValueError for settings that cannot work, such
+    as more partitions than rows."""
     def _share_out(self, x, y): # rows of every model, where each starts
         k = _whole('n_partitions', self.n_partitions, 1)
         if k > len(x):
-            raise ValueError(f'n_partitions = {k} is more than n_samples = {len(x)}: at most that many parts can have '
-                             'a training row; take fewer partitions')
+            raise ValueError(f'n_partitions = {k} is more than n_samples = {len(x)}: at most that many parts '
+                             'can have a training row; take fewer partitions')
         _one_of('assign_by', self.assign_by, ('position', 'content'))
         _one_of('election', self.election, ('majority', 'run-off'))
         self.rows_, self.starts_ = assign_rows(x.reshape(len(x), -1), y, k, self.random_state, self.assign_by)
@@ -455,29 +466,31 @@ class PartitionClassifier(_Partitions):
         winner, radius = _elect(self, X)
         cost = dict(changed=1, relabelled=1)
         if self.assign_by_ == 'content': cost = dict(inserted=1, deleted=1, relabelled=1, changed=2)
-        return RowCertificate(prediction=winner, radius=radius, classes=self.classes_, voters='partitions', cost=cost,
-                              n_voters=len(self.models_), n_train=self.n_train_)
+        return RowCertificate(prediction=winner, radius=radius, classes=self.classes_, voters='partitions',
+                              cost=cost, n_voters=len(self.models_), n_train=self.n_train_)
 
 # %% ../nbs/25_defences.ipynb #25d00041
 def bag_radius(p_a, p_b, # (n_points,), lower bound of the winner's probability and upper bound of its rivals'
                n_train: int, bag_size: int # rows of the training set, rows drawn for each model
               ) -> np.ndarray: # (n_points,) int64, 0 where p_a <= p_b
-    """Rows that may be changed, inserted or deleted, in any mixture, without changing the winner among all bags.
+    """Rows that may be changed, inserted or deleted, in any mixture, without changing the vote over all bags.
 
-    Theorem 1 of Jia, Cao and Gong 2021 (arXiv 2008.04495) without its rounding to multiples of n^-k. ValueError for
-    probabilities outside [0, 1]."""
+    Theorem 1 of Jia, Cao and Gong 2021 (arXiv 2008.04495) without its rounding to multiples of n^-k.
+    ValueError for probabilities outside [0, 1]."""
     gap = np.asarray(p_a, dtype=float) - np.asarray(p_b, dtype=float)
-    if not (np.abs(gap) <= 1).all(): raise ValueError(f'p_a and p_b must be probabilities, got p_a - p_b = {gap}')
+    if not (np.abs(gap) <= 1).all():
+        raise ValueError(f'p_a and p_b must be probabilities, got p_a - p_b = {gap}')
     with np.errstate(divide='ignore'):
         rows = -n_train * np.expm1(np.log1p(-np.maximum(gap, 0) / 2) / bag_size)
     return np.floor(rows * (1 - 1e-12)).astype(np.int64)
 
 # %% ../nbs/25_defences.ipynb #25d00045
 class BaggedClassifier(_Voting):
-    """Bagging with a certified number of rows that were changed, inserted or deleted (Jia, Cao and Gong 2021).
+    """Bagging with a certified number of rows that were changed, inserted or deleted.
 
-    ValueError for settings that cannot work. The rows of an attack carry labels of `classes_`. A bag of one class
-    answers this class. `certify` abstains where the votes cannot tell a winner."""
+    Jia, Cao and Gong 2021, arXiv 2008.04495. The rows of an attack carry labels of `classes_`. A bag of one
+    class votes for it. `certify` abstains where the votes cannot tell a winner. ValueError for settings that
+    cannot work."""
     def __init__(self, estimator, # a scikit-learn classifier, a torch module, or a function that makes one
                  bag_size: int = 30, # rows drawn with replacement for each model
                  n_estimators: int = 1000, # N
@@ -513,7 +526,7 @@ class BaggedClassifier(_Voting):
 # %% ../nbs/25_defences.ipynb #25d00048
 def _pair(a, b): return ((a - b) ** 2).sum(-1) # squared distances, each from its own rows alone
 
-def nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) float64; number of neighbours, <= n
+def nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) float64; neighbours, <= n
                 ): # yields (first, (b, n) booleans) of blocks of points
     "Which training rows are the k nearest; of equally distant ones those with the lower numbers."
     own = (x * x).sum(1)
@@ -536,7 +549,8 @@ def nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) floa
 class PlainKNNClassifier(ClassifierMixin, BaseEstimator):
     """K nearest neighbours without noise, certified in rows (Jia, Liu, Cao and Gong 2022, arXiv 2012.03765).
 
-    Euclidean distances. ValueError for more neighbours than rows. The rows of an attack carry labels of `classes_`."""
+    Euclidean distances. The rows of an attack carry labels of `classes_`. ValueError for more neighbours than
+    rows."""
     def __init__(self, n_neighbors: int = 5 # K; the radius is at most K / 2
                 ):
         self.n_neighbors = n_neighbors
@@ -599,7 +613,8 @@ def default_candidates(X, y, # (n, ...) inputs, (n,) labels
     noise = [(scale * s, 0.) for s in (.1, .4, 1.6, 6.4)]
     noise += [(scale * s, (1 - 1 / c) * f) for s in (.4, 1.6) for f in (.7, .9)]
     smoothed = partial(SmoothedEnsembleClassifier, base, n_estimators=n_models, **common)
-    return dict(partitions=[PartitionClassifier(base, k, election=e, **common) for k, e in sorted(set(parts))],
+    voting = [PartitionClassifier(base, k, election=e, **common) for k, e in sorted(set(parts))]
+    return dict(partitions=voting,
                 bags=[BaggedClassifier(base, k, n_models, **common) for k in bags],
                 neighbours=[PlainKNNClassifier(k) for k in near],
                 RAB=[smoothed(GaussianNoise(s), label_noise=f) for s, f in noise])
@@ -607,7 +622,7 @@ def default_candidates(X, y, # (n, ...) inputs, (n,) labels
 # %% ../nbs/25_defences.ipynb #25d00050
 def certified_shares(certificate, # a Certificate or a RowCertificate
                      right: np.ndarray, # (n_points,) booleans, whether the prediction is right
-                     rows: np.ndarray, norms: np.ndarray # (R,) numbers of poisoned rows, (M,) l2 norms of each pattern
+                     rows: np.ndarray, norms: np.ndarray # (R,) poisoned rows, (M,) l2 norm of each pattern
                     ) -> np.ndarray: # (2, R, M), labels of the poisoned rows untouched, or changed too
     "Share of points that are right and certified against each attack."
     rows, norms = np.asarray(rows), np.asarray(norms, dtype=float)
@@ -625,7 +640,7 @@ def certified_shares(certificate, # a Certificate or a RowCertificate
 # %% ../nbs/25_defences.ipynb #25d00054
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    "Certified accuracy of defences over attacks, each with the setting that held-out rows preferred for the attack."
+    "Certified accuracy of defences over attacks, each with the setting that held-out rows preferred for it."
     rows: np.ndarray # (R,) numbers of poisoned rows
     norms: np.ndarray # (M,) l2 norm of the pattern in each of them
     candidates: dict # name of a defence -> its unfitted classifiers
@@ -635,13 +650,16 @@ class Comparison:
     seconds: dict # name -> (settings, 2) of fit and certify, in CPU time of this process
     n_train: int # training rows
 
-    def __repr__(self): return f'Comparison({", ".join(self.candidates)}; {len(self.rows)} x {len(self.norms)} attacks)'
+    def __repr__(self):
+        return f'Comparison({", ".join(self.candidates)}; {len(self.rows)} x {len(self.norms)} attacks)'
     def chosen(self, defence, n_rows, norm, relabelled=False):
         "The setting chosen for the attack of the grid that is nearest."
         return _chosen(self, defence, n_rows, norm, relabelled)
-    def to_frame(self): "One row per defence and attack, as a pandas DataFrame."; return _comparison_frame(self)
+    def to_frame(self):
+        "One row per defence and attack, as a pandas DataFrame."
+        return _comparison_frame(self)
     def plot(self, attacks=(), least=.01, axes=None):
-        "The map: which defence certifies most; `attacks` are (rows, norm) to mark, `least` the share that counts."
+        "The map: the defence that certifies most; `attacks`: (rows, norm) to mark, `least`: share that counts."
         return _plot_map(self, attacks, least, axes)
 
 # %% ../nbs/25_defences.ipynb #25d00060
@@ -668,10 +686,10 @@ def _comparison_frame(c):
     for name, settings in c.candidates.items():
         texts = [setting_of(s) for s in settings]
         for (k, i, j), share in np.ndenumerate(c.accuracy[name]):
-            s = c.choice[name][k, i, j]
-            out.append((name, c.rows[i], c.norms[j], ('untouched', 'changed')[k], share, texts[s], c.clean[name][s]))
-    columns = ['defence', 'n_rows', 'pattern_norm', 'labels', 'certified_accuracy', 'setting', 'clean_accuracy']
-    return pd.DataFrame(out, columns=columns)
+            s, labels = c.choice[name][k, i, j], ('untouched', 'changed')[k]
+            out.append((name, c.rows[i], c.norms[j], labels, share, texts[s], c.clean[name][s]))
+    columns = 'defence n_rows pattern_norm labels certified_accuracy setting clean_accuracy'
+    return pd.DataFrame(out, columns=columns.split())
 
 # %% ../nbs/25_defences.ipynb #25d00055
 _COLOURS = '#0072B2', '#009E73', '#CC79A7', '#D55E00', '#E69F00', '#56B4E9', '#000000'
@@ -716,10 +734,10 @@ def _split(n, y, share, random_state, purpose): # -> two arrays of row numbers, 
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(out))
 
 def _certify(clf, X): # votes are counted where there are votes
-    if isinstance(clf, SmoothedEnsembleClassifier): return clf.certify(X, bound='clopper_pearson', votes='hard')
-    return clf.certify(X)
+    smoothed = isinstance(clf, SmoothedEnsembleClassifier)
+    return clf.certify(X, **dict(bound='clopper_pearson', votes='hard') if smoothed else {})
 
-def _tried(candidate, x, y, points, truth, rows, norms): # -> shares, clean accuracy, seconds of fit and certify
+def _tried(candidate, x, y, points, truth, rows, norms): # -> shares, accuracy, seconds of fit and certify
     start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -735,15 +753,15 @@ def _attack_grid(rows, norms, n, scale): # checked, increasing
     norms = scale * np.geomspace(1e-3, 10, 25) if norms is None else np.unique(np.asarray(norms, dtype=float))
     if rows.dtype.kind not in 'iu' or not ((rows >= 1) & (rows <= n)).all():
         raise ValueError(f'n_rows must be whole numbers from 1 to the {n} training rows, got {rows}')
-    if not (norms > 0).all() or not np.isfinite(norms).all(): raise ValueError(f'norms must be > 0, got {norms}')
+    if not ((norms > 0) & np.isfinite(norms)).all(): raise ValueError(f'norms must be > 0, got {norms}')
     return rows, norms
 
 # %% ../nbs/25_defences.ipynb #25d00057
 def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
-                     X_test=None, y_test=None, # points to score; None: a fifth of X, which is then not trained on
+                     X_test=None, y_test=None, # points to score; None: a fifth of X is set aside
                      *,
                      n_rows=None, # (R,) numbers of poisoned rows; None: 1 to n
-                     norms=None, # (M,) l2 norms of the pattern in each row; None: by the distance of the classes
+                     norms=None, # (M,) l2 norms of each pattern; None: by the distance of the classes
                      candidates: dict = None, # name -> unfitted classifiers; None: `default_candidates`
                      estimator=None, n_models: int = 1000, # of `default_candidates`
                      max_points: int = 500, # test points, and held-out rows, at most so many each
@@ -751,9 +769,9 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
                     ) -> Comparison:
     """Certified accuracy of several certified defences over attacks of so many rows and such norms.
 
-    For every attack each defence has the setting that certifies most of a fifth of the training rows, which is held out
-    for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for an empty or
-    misspelt grid. A minute or two for 5,000 rows of 50 features."""
+    For every attack each defence has the setting that certifies most of a fifth of the training rows, held
+    out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for
+    rows and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
     y = np.asarray(y)
@@ -765,22 +783,24 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     if not np.isin(truth, classes).all(): raise ValueError('y_test holds labels that y does not')
     rows, norms = _attack_grid(n_rows, norms, len(x), data_scale(x.reshape(len(x), -1), at))
     if candidates is None: candidates = default_candidates(x, y, estimator, n_models, random_state, n_jobs)
-    if not candidates or not all(candidates.values()): raise ValueError(f'candidates must name settings, got {candidates!r}')
+    if not candidates or not all(candidates.values()):
+        raise ValueError(f'candidates must name settings, got {candidates!r}')
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]
     held, test = some(held, 'compare-choice'), some(np.arange(len(points)), 'compare-points')
-    found = {name: _choose(settings, (x[inner], y[inner], x[held], y[held]), (x, y, points[test], truth[test]), (rows, norms))
-             for name, settings in candidates.items()}
+    choosing, scoring = (x[inner], y[inner], x[held], y[held]), (x, y, points[test], truth[test])
+    found = {name: _choose(c, choosing, scoring, (rows, norms)) for name, c in candidates.items()}
     accuracy, choice, clean, seconds = ({name: f[i] for name, f in found.items()} for i in range(4))
     return Comparison(rows, norms, candidates, accuracy, choice, clean, seconds, len(x))
 
 # %% ../nbs/25_defences.ipynb #25d00061
-def _choose(settings, choosing, scoring, grid): # data to choose on, data to score on, each as in `_tried`; rows and norms
-    "Shares (2, R, M) of the setting chosen for each attack, the choice, clean accuracies and seconds of all settings."
+def _choose(settings, choosing, scoring, grid): # data to choose and to score on, see `_tried`; the attacks
+    "Shares (2, R, M) of the setting chosen for each attack; the choice; accuracy and seconds of all."
     only = len(settings) == 1 # nothing to choose
-    shares = np.stack([np.zeros((2, *map(len, grid))) if only else _tried(s, *choosing, *grid)[0] for s in settings])
+    none = np.zeros((2, *map(len, grid)))
+    shares = np.stack([none if only else _tried(s, *choosing, *grid)[0] for s in settings])
     choice = shares.argmax(0)
-    out, clean, seconds = np.zeros(choice.shape), np.full(len(settings), np.nan), np.full((len(settings), 2), np.nan)
+    out, clean, seconds = none, np.full(len(settings), np.nan), np.full((len(settings), 2), np.nan)
     for i in np.unique(choice):
         share, clean[i], seconds[i] = _tried(settings[i], *scoring, *grid)
         out = np.where(choice == i, share, out)
