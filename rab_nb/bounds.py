@@ -150,7 +150,8 @@ class Bound:
     name: str
     from_outputs: Callable # (outputs (n_models, ...), alpha) -> lower and upper bound
     from_moments: Callable | None = None # (n_models, mean, mean square, alpha) -> the same
-    from_votes: Callable | None = None # (n_models, number of votes, alpha) -> the same, for a bound of votes alone
+    # (n_models, number of votes, alpha) -> the same, for a bound of votes alone
+    from_votes: Callable | None = None
     fewest: int = 1 # models without which it says nothing
 
     def __call__(self, outputs, alpha: float) -> tuple: return self.from_outputs(outputs, alpha)

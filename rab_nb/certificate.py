@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_probabilities', 'hard_votes', 'VoteStatistics', 'as_labels', 'check_comparable', 'check_classes', 'Evidence',
-           'Certificate', 'exact_certificate', 'certify_statistics', 'certify']
+           'Certificate', 'exact_certificate', 'side_level', 'rivals_upper', 'certify_statistics', 'certify']
 
 # %% ../nbs/03_certificate.ipynb #0170c597
 import csv
@@ -167,7 +167,7 @@ class Evidence:
     simultaneous: bool = True # valid for the class selected on the same outputs, against all its rivals
     familywise: bool = False # valid for all points together
     radius_arguments: dict = field(default_factory=dict) # d and n_poisoned, for uniform noise
-    label_noise: float = 0. # probability with which each training label was replaced by another class
+    label_noise: float = 0. # probability that a training label was replaced by another class
     test_sigma: float | None = None # of N(0, test_sigma^2), independent, on the test input; None: not covered
     n_train: int | None = None # rows of the training set, where they are known
 
@@ -319,7 +319,7 @@ def exact_certificate(prediction, # (n_points,), position of the most probable c
     return _certificate(top, p_a, p_b, noise, radius_arguments, **settings, **reach, **logs)
 
 # %% ../nbs/03_certificate.ipynb #39a21c59
-def _side_level(alpha: float, # probability that the statement fails
+def side_level(alpha: float, # probability that the statement fails
                 n_classes: int, # number of classes
                 simultaneous: bool = True, # also for the selected class and all its rivals
                 n_points: int = 1 # points for which it must hold together
@@ -329,7 +329,7 @@ def _side_level(alpha: float, # probability that the statement fails
     return bounds.check_alpha(alpha) / (sides*n_points)
 
 # %% ../nbs/03_certificate.ipynb #298f78e3
-def _rivals_upper(top, # (n_points,), the selected class
+def rivals_upper(top, # (n_points,), the selected class
                   p_a, # (n_points,), its lower bound
                   upper, # (n_points, n_classes), upper bounds
                   simultaneous: bool = True # do all bounds hold together?
@@ -358,11 +358,11 @@ def _certify(n_models, mean, sides, noise, alpha, bound, votes, classes, simulta
     "Select by the largest mean, bound both sides, certify."
     n_points, n_classes = mean.shape
     names = n_classes if classes is None else check_classes(classes, n_classes)
-    level = _side_level(alpha, n_classes, simultaneous, n_points if familywise else 1)
+    level = side_level(alpha, n_classes, simultaneous, n_points if familywise else 1)
     _check_settings(n_models, bound, votes, level)
     top, (lower, upper) = mean.argmax(1), sides(level)
     p_a = lower[np.arange(n_points), top]
-    p_b = _rivals_upper(top, p_a, upper, simultaneous)
+    p_b = rivals_upper(top, p_a, upper, simultaneous)
     return _certificate(top, p_a, p_b, noise, arguments, alpha=float(alpha), bound=bound, votes=votes,
                         n_models=n_models, simultaneous=simultaneous, familywise=familywise, classes=names,
                         **dict(reach))
@@ -380,19 +380,26 @@ def certify_statistics(stats: VoteStatistics, # of all models
                        n_train: int | None = None, # as in `certify`
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
-    "`certify` for statistics that a run has kept; ValueError for a bound that needs every output in its order."
+    """`certify` for statistics that a run has kept; ValueError for a bound that needs every output in its
+    order."""
     if bounds.bound_named(bound).needs_outputs:
-        raise ValueError(f'{bound} needs every output in its order, not sums: use certify(probabilities, ...), '
-                         'or another bound')
+        raise ValueError(
+            f'{bound} needs every output in its order, not sums: use certify(probabilities, ...), '
+            'or another bound'
+        )
     n, counts = stats.n_models, stats.votes / stats.n_models
     mean = counts if votes == 'hard' else stats.mean
     sides = lambda level: _statistics_sides(stats, bound, votes, level)
-    together, reach = (simultaneous, familywise), dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
+    together, reach = (
+        (simultaneous, familywise),
+        dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train),
+    )
     settings = noise, alpha, bound, votes, classes
     return _certify(n, mean, sides, *settings, *together, radius_arguments, reach)
 
 def _statistics_sides(stats, bound, votes, level):
-    "Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the latter."
+    """Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the
+    latter."""
     n, lost = stats.n_models, stats.diverged / stats.n_models
     known = bounds.bound_named(bound)
     if known.from_votes:
@@ -413,10 +420,10 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
             bound: str = 'hoeffding', # or 'empirical_bernstein', 'betting', 'clopper_pearson'
             votes: str = 'soft', # average probabilities, or 'hard': count decisions
             classes=None, # (n_classes,) labels, in the order of the last axis; None: 0 .. n_classes - 1
-            label_noise: float = 0., # probability with which each training label was replaced by another class
-            test_sigma: float | None = None, # of independent Gaussian noise on the test input; None: not covered
+            label_noise: float = 0., # probability that a training label was replaced by another class
+            test_sigma: float | None = None, # of Gaussian noise on the test input; None: not covered
             *,
-            simultaneous: bool = True, # valid for the class selected on these outputs; the paper's columns use False
+            simultaneous: bool = True, # valid for the class selected on these outputs; False: the paper's
             familywise: bool = False, # make all points' certificates hold together
             n_train: int | None = None, # rows of the training set: no attack relabels more
             **radius_arguments # d and n_poisoned, for uniform noise
@@ -424,15 +431,19 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
     """Certificates from the outputs of N models: Algorithm 1 from `calculate bound` on. ValueError for
     outputs that are no probabilities, too few models, an unknown bound, `classes` that do not fit.
 
-    `label_noise` and `test_sigma` say how the models were made; the certificate then covers wrong labels and a
+    `label_noise` and `test_sigma` say how the models were made; the certificate then covers wrong labels and
+    a
     mark on the test input, see `Certificate.covers`."""
     together = simultaneous, familywise
     reach = dict(label_noise=label_noise, test_sigma=test_sigma, n_train=n_train)
     if not bounds.bound_named(bound).needs_outputs:
         stats = VoteStatistics.from_probabilities(probabilities)
-        return certify_statistics(stats, noise, alpha, bound, votes, *together, classes, **reach, **radius_arguments)
+        return certify_statistics(
+            stats, noise, alpha, bound, votes, *together, classes, **reach, **radius_arguments
+        )
     x = check_probabilities(probabilities)
-    if votes == 'hard': x = hard_votes(x)
+    if votes == 'hard':
+        x = hard_votes(x)
     sides, settings = lambda level: _output_sides(x, bound, level), (noise, alpha, bound, votes, classes)
     return _certify(len(x), x.mean(0), sides, *settings, *together, radius_arguments, reach)
 

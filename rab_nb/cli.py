@@ -42,8 +42,10 @@ def _in_range(option: str, asked, existing) -> None:
 def _of_file(path: str) -> list: # of settings
     "Settings in a JSON file."
     if os.path.getsize(path) > 2**20: raise ValueError(f'{path} has more than {2**20} bytes')
-    try: given = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
+    try:
+        given = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is not JSON: {e}') from None
     given = given if isinstance(given, list) else [given]
     if not all(isinstance(s, dict) for s in given):
         raise ValueError(f'{path} must hold one object with settings, or a list of them')
@@ -52,8 +54,10 @@ def _of_file(path: str) -> list: # of settings
 # %% ../nbs/internals/cli.ipynb #5a7e0029
 def _age() -> float: # seconds
     "How long this process has been running, on Linux; elsewhere 0."
-    try: ticks = int(Path('/proc/self/stat').read_text().rsplit(')', 1)[1].split()[19])
-    except (OSError, ValueError, IndexError): return 0.
+    try:
+        ticks = int(Path('/proc/self/stat').read_text().rsplit(')', 1)[1].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0.
     return max(0., time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK'))
 
 def _until(limit: float | None) -> float: # of `time.monotonic`
@@ -106,7 +110,8 @@ def _list(args) -> int:
         size = sum(p.stat().st_size for p in r.folder.glob('*.safetensors'))
         text = ' '.join(f'{k}={v}' for k, v in r.key.items() if k != 'environment')
         print(f'{r.id[:16]}  {sum(map(len, written_shards(r))):5d} models {size / 2**20:8.1f} MiB  {text}')
-    for message in wrong: print(message)
+    for message in wrong:
+        print(message)
     print(f'{len(found)} runs')
     return int(bool(wrong))
 
@@ -138,7 +143,8 @@ def _verify(args) -> int:
         wrong += [f'{r.path(models)} {w}' for models, w in states.items() if w not in ('finished', 'missing')]
         counts = Counter('finished' if w == 'finished' else 'damaged' for w in states.values())
         print(f"{r.id[:16]}  {counts['finished']} finished, {counts['damaged']} damaged")
-    for message in wrong: print(message)
+    for message in wrong:
+        print(message)
     return int(bool(wrong))
 
 def _chosen(found: list, ids: list) -> list:
@@ -201,7 +207,8 @@ def _add_runs(commands) -> None:
                                     'check every byte; exit status 1 if anything is damaged'),
                                    ('remove', _remove, '+', 'delete runs that nobody is computing')):
         q = p.add_parser(name, help=text, description=text)
-        if n: q.add_argument('id', nargs=n, help='beginning of a run id')
+        if n:
+            q.add_argument('id', nargs=n, help='beginning of a run id')
         q.add_argument('--store', metavar='DIR', help='where runs are kept')
         q.set_defaults(command=command)
 
@@ -229,9 +236,11 @@ def main(argv: list | None = None # arguments; None: those of the process
     _add_runs(commands)
     _add_blocks(commands)
     args = parser.parse_args(argv)
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _stop)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     warnings.formatwarning = lambda message, *_, **__: f'rab-nb: {message}\n'
-    try: return args.command(args)
+    try:
+        return args.command(args)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         print(f'rab-nb: {e}', file=sys.stderr)
         return 2

@@ -595,20 +595,25 @@ _FILES = ('.npz', '.csv', '.parquet') # what `from_file` reads
 def _file_arrays(path: Path) -> dict: # x and y, or x_train, y_train, x_test and y_test
     if path.suffix == '.npz': return read_npz(path)
     import pandas as pd
-    try: frame = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
-    except (OSError, ValueError, ImportError) as e: raise ValueError(f'{path}: not a usable table: {e}') from e
-    if 'label' not in frame: raise ValueError(f"{path}: no column 'label' with the classes; it has {list(frame)}")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
+    except (OSError, ValueError, ImportError) as e:
+        raise ValueError(f'{path}: not a usable table: {e}') from e
+    if 'label' not in frame: raise ValueError(f"{path}: no column 'label' with the classes; it has "
+                                              f"{list(frame)}")
     return dict(x=frame.drop(columns='label').to_numpy(), y=frame['label'].to_numpy())
 
 def from_file(path, # .npz, .csv or .parquet
               classes=None, # class names, target class first and source class second; default: all, sorted
               random_state: int = 0 # seed of the 80/20 split where the file has none
              ) -> Task:
-    "A `Task` from one file of your own; ValueError for a file without inputs or labels, and for unknown classes."
+    """A `Task` from one file of your own; ValueError for a file without inputs or labels, and for unknown
+    classes."""
     path = Path(path)
     if path.suffix not in _FILES: raise ValueError(f'{path}: must end in one of {_FILES}')
     raw = _file_arrays(path)
-    if {'x', 'y'} <= set(raw): raw = _parts(raw['x'], raw['y'], random_state)
+    if {'x', 'y'} <= set(raw):
+        raw = _parts(raw['x'], raw['y'], random_state)
     if lost := {'x_train', 'y_train', 'x_test', 'y_test'} - set(raw):
         raise ValueError(f'{path}: lacks {sorted(lost)}; it needs x and y, or x and y of train and test')
     labels = np.unique(raw['y_train']).tolist()
@@ -632,8 +637,10 @@ def _imagenet_images(classes, size, root, random_state) -> Task: # from an archi
             task = from_folder(folder, classes, size, random_state, 'imagenet')
         return replace(task, source=f'ImageNet pair, {archive.name}, {task.source}')
     if root is None:
-        raise ValueError(f"imagenet at size={size!r} is read from a folder of images, load('imagenet', classes, root=folder, size=...), "
-                         f"or from {' or '.join(_IMAGENET_TARS.values())} in a folder that RAB_DATA names; classes {classes!r} "
+        raise ValueError(f"imagenet at size={size!r} is read from a folder of images, load('imagenet', "
+                         f"classes, root=folder, size=...), "
+                         f"or from {' or '.join(_IMAGENET_TARS.values())} in a folder that RAB_DATA names; "
+                         f"classes {classes!r} "
                          'are in neither')
     return from_folder(root, classes, size, random_state, 'imagenet')
 
@@ -658,5 +665,6 @@ def load(name: str, # one of `names()`, or the path of a file of your own, see `
         raise ValueError(f'unknown data set {name!r}; known are {names()}, and from_arrays takes your own')
     if size is None: return _LOADERS[name](classes, root, download, random_state)
     if name == 'digits': return _digits(classes, root, download, random_state, size)
-    if name != 'imagenet': raise ValueError(f'size={size!r} is for imagenet (with root=folder) and digits; got name={name!r}')
+    if name != 'imagenet': raise ValueError(f'size={size!r} is for imagenet (with root=folder) and digits; '
+                                            f'got name={name!r}')
     return _imagenet_images(classes, size, root, random_state)

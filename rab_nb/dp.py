@@ -225,13 +225,15 @@ def clipped_sum(stack: Stack, # folded
     """Write the sum of the clipped per-sample gradients to the stack's gradient.
 
     What one sample adds has a norm of at most C, up to float32 rounding (Abadi et al. 2016, Algorithm 1).
-    ValueError if no layer takes part that has weights; or if a gradient is NaN or infinite at step 1 or where no
+    ValueError if no layer takes part that has weights; or if a gradient is NaN or infinite at step 1 or
+    where no
     step is given. At later steps the gradient of that model becomes NaN, and nothing waits for a GPU."""
     found = _record(stack, x, y, loss)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         parts = [p for layer, uses in found.items() for p in _PARTS[type(layer)](layer, uses, stack.n_models)]
         norms = sum(squares for _, squares, _ in parts).sqrt()
-        if step in (None, 1): _check_gradients(norms, models, step, stack, x)
+        if step in (None, 1):
+            _check_gradients(norms, models, step, stack, x)
         factors = _clip_factors(norms, max_grad_norm).where(norms.isfinite(), math.nan).float()
         stack.flat.grad.zero_()
         for parameter, _, total in parts:
@@ -319,7 +321,8 @@ def _opacus_step(opacus, dp, stack, x, y, loss, generator, batch_size, models, s
         sgd, noise_multiplier=dp.noise_multiplier, max_grad_norm=dp.max_grad_norm,
         expected_batch_size=batch_size, generator=generator)
     squares = sum(_square_norms(each[None]) for each in sgd.grad_samples)
-    if step in (None, 1): _check_gradients(squares.sqrt(), models, step, stack, x)
+    if step in (None, 1):
+        _check_gradients(squares.sqrt(), models, step, stack, x)
     views, known = {p: p.grad for p in sgd.params}, torch.where(squares.isfinite().all(), 1., math.nan)
     sgd.pre_step()
     for p, view in views.items():

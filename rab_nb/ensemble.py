@@ -176,7 +176,8 @@ def _has_models(self): return all('models' in group for group in self.groups_.va
 @contextmanager
 def _as_before(estimator): # on an error, with the attributes that it had
     before = vars(estimator).copy()
-    try: yield
+    try:
+        yield
     except BaseException:
         vars(estimator).clear()
         vars(estimator).update(before)
@@ -206,10 +207,13 @@ class _Fit(Voter, _Settings):
         """Train the models: Algorithm 1 up to its vote.
 
         ValueError for settings and data that cannot work, and where the first models have all diverged."""
-        with _as_before(self): spec, X, y, evals = _checked(self, X, y, eval_sets)
+        with _as_before(self):
+            spec, X, y, evals = _checked(self, X, y, eval_sets)
         data = fingerprint(spec, X, y, evals)
-        if not (self.warm_start and getattr(self, '_data', None) == data): self.groups_ = {}
-        if self.keep_models: self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
+        if not (self.warm_start and getattr(self, '_data', None) == data):
+            self.groups_ = {}
+        if self.keep_models:
+            self.groups_ = {g: kept for g, kept in self.groups_.items() if 'models' in kept}
         self._data = data
         self.spec_, self.noise_, self.n_train_ = spec, spec.noise, len(X)
         evals = {LOOK: X[_some_rows(y)]} | evals
@@ -236,7 +240,8 @@ class RABClassifier(_Fit):
         parts = _parts(self, X)
         order = [p for _, p in sorted(zip(self.groups_, parts), key=lambda gp: gp[0])]
         chosen = _wanted_models(sorted(self.groups_), self.spec_.stack, self.n_estimators)
-        if chosen.sum() < self.n_estimators: _warn_unfinished(chosen.sum(), self.n_estimators)
+        if chosen.sum() < self.n_estimators:
+            _warn_unfinished(chosen.sum(), self.n_estimators)
         return np.concatenate(order)[chosen]
 
     def save(self, path) -> None: # *.safetensors
@@ -269,9 +274,11 @@ def _load(cls, path, module, dp):
             raise ValueError(f'the models of {path} were trained with {name}={about[name]}, got {given!r}: '
                              'give load what fit had')
     self = cls(module, noise_from_repr(about['noise']), dp=dp, **about['settings'])
-    if self.device != 'cpu' and not torch.cuda.is_available(): self.device = 'auto'
+    if self.device != 'cpu' and not torch.cuda.is_available():
+        self.device = 'auto'
     self.classes_, self.input_shape_ = np.array(about['classes']), tuple(about['input_shape'])
-    if about.get('features'): self.feature_names_in_ = np.array(about['features'], dtype=object)
+    if about.get('features'):
+        self.feature_names_in_ = np.array(about['features'], dtype=object)
     self.n_features_in_, self.spec_ = math.prod(self.input_shape_), _spec(self)
     self.noise_, self.groups_ = self.spec_.noise, groups
     self.n_train_ = about.get('n_train')

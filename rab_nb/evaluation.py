@@ -25,25 +25,33 @@ def certify_pipeline(pipeline, # fitted; its last step has `certify`. A classifi
                      X, # (n, d) inputs of the pipeline
                      **settings # of the last step's `certify`, such as alpha or bound
                     ): # Certificate of the n inputs, about distances behind the earlier steps
-    """Certificates of a pipeline's last step; ValueError where an earlier step was fitted on the training rows.
+    """Certificates of a pipeline's last step; ValueError where an earlier step was fitted on the training
+    rows.
 
-    The radius counts in the space that the last step sees. A step that stretches distances stretches patterns, too."""
+    The radius counts in the space that the last step sees. A step that stretches distances stretches
+    patterns, too."""
     if not isinstance(pipeline, Pipeline): return pipeline.certify(X, **settings)
     if not hasattr(pipeline[-1], 'certify'):
-        raise ValueError(f'the last step of the pipeline, {pipeline[-1]!r}, has no certify; put a classifier of rab_nb there')
+        raise ValueError(f'the last step of the pipeline, {pipeline[-1]!r}, has no certify; put a classifier '
+                         f'of rab_nb there')
     for name, step in pipeline.steps[:-1]:
         if _memory(step):
-            raise ValueError(f'step {name!r}, {step!r}, is fitted on the training rows, so that one marked row moves all of them and no '
-                             'certificate covers it; use constants (FunctionTransformer), a FrozenEstimator fitted on rows that '
-                             'you trust, or make it a part of the base classifier of SmoothedEnsembleClassifier')
+            raise ValueError(f'step {name!r}, {step!r}, is fitted on the training rows, so that one marked '
+                             f'row moves all of them and no '
+                             'certificate covers it; use constants (FunctionTransformer), a FrozenEstimator '
+                             'fitted on rows that '
+                             'you trust, or make it a part of the base classifier of '
+                             'SmoothedEnsembleClassifier')
     return pipeline[-1].certify(pipeline[:-1].transform(X) if len(pipeline) > 1 else X, **settings)
 
 # %% ../nbs/26_evaluation.ipynb #26ea0021
 @dataclass(frozen=True)
 class CertifiedAccuracyScorer:
-    """A scorer for GridSearchCV and its kin: certified accuracy at one radius, of a classifier or of a pipeline.
+    """A scorer for GridSearchCV and its kin: certified accuracy at one radius, of a classifier or of a
+    pipeline.
 
-    `CertifiedAccuracyScorer(0.5, bound='clopper_pearson', votes='hard')` passes what follows the radius to `certify`."""
+    `CertifiedAccuracyScorer(0.5, bound='clopper_pearson', votes='hard')` passes what follows the radius to
+    `certify`."""
     radius: float # >= 0, total norm of the patterns that are feared
     settings: dict = field(default_factory=dict) # of `certify`
 
@@ -60,14 +68,15 @@ class CertifiedAccuracyScorer:
 # %% ../nbs/26_evaluation.ipynb #26ea0031
 @dataclass
 class CertifiedAccuracyDisplay:
-    "Certified accuracy over radii, in the manner of scikit-learn's displays; `plot` sets `ax_`, `figure_`, `line_`."
+    """Certified accuracy over radii, in the manner of scikit-learn's displays; `plot` sets `ax_`, `figure_`,
+    `line_`."""
     radii: np.ndarray # (R,) total norms
     accuracy: np.ndarray # (R,) shares in [0, 1]
     label: str = None # of the curve in the legend
 
     @classmethod
     def from_certificate(cls, certificate, # Certificate of n points
-                         y, radii=None, # (n,) true labels; (R,) total norms, None: from 0 to beyond the largest
+                         y, radii=None, # (n,) true labels; (R,) total norms, None: all that are certified
                          label: str = None, ax=None, # of the curve; axes, None: new ones
                          **line # of `Axes.plot`
                         ):
@@ -75,7 +84,9 @@ class CertifiedAccuracyDisplay:
         if radii is None:
             finite = certificate.radius[np.isfinite(certificate.radius)]
             radii = np.linspace(0, 1.05 * max(finite.max(initial=0), 1e-9), 200)
-        return cls(np.asarray(radii, float), certified_accuracy(certificate, y, radii), label).plot(ax, **line)
+        return cls(np.asarray(radii, float), certified_accuracy(certificate, y, radii), label).plot(
+            ax, **line
+        )
 
     @classmethod
     def from_estimator(cls, estimator, X, y, # classifier or pipeline; (n, d) inputs, (n,) true labels
@@ -86,7 +97,9 @@ class CertifiedAccuracyDisplay:
         "Certify, then draw; errors of `certify_pipeline`."
         last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
         label = type(last).__name__ if label is None else label
-        return cls.from_certificate(certify_pipeline(estimator, X, **settings or {}), y, radii, label, ax, **line)
+        return cls.from_certificate(
+            certify_pipeline(estimator, X, **settings or {}), y, radii, label, ax, **line
+        )
 
     def plot(self, ax=None, **line): # axes, None: new ones; of `Axes.plot`
         "Draw into the axes; the display, with `ax_`, `figure_` and `line_`."
@@ -94,6 +107,9 @@ class CertifiedAccuracyDisplay:
         self.ax_ = gca() if ax is None else ax
         self.figure_ = self.ax_.figure
         [self.line_] = self.ax_.plot(self.radii, self.accuracy, **{'label': self.label, **line})
-        self.ax_.set(xlabel='total norm of the poisoning patterns', ylabel='certified accuracy', ylim=(-.02, 1.02))
-        if self.label: self.ax_.legend()
+        self.ax_.set(
+            xlabel='total norm of the poisoning patterns', ylabel='certified accuracy', ylim=(-0.02, 1.02)
+        )
+        if self.label:
+            self.ax_.legend()
         return self

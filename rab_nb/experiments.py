@@ -47,7 +47,8 @@ def train_spec(settings: dict, # of kind 'dnn'
     if wrong := _NEEDED ^ set(settings) - {'environment', 'device'}:
         raise ValueError(f'an ensemble run has exactly the settings {sorted(_NEEDED)}; missing or unknown: '
                          f'{sorted(wrong)}')
-    if settings.get('dp'): from rab_nb.dp import DPSGD
+    if settings.get('dp'):
+        from rab_nb.dp import DPSGD
     private = DPSGD(**settings['dp']) if settings.get('dp') else None
     make = lambda: _named(MODULES, settings['module'])
     return training.TrainSpec(make, noise_from_repr(settings['noise']), dp=private, device=device,
@@ -104,11 +105,13 @@ def _differing(function: Callable, # that takes the arguments
     defaults = {}
     for name, p in inspect.signature(function).parameters.items():
         with contextlib.suppress(ValueError):
-            if p.default is not p.empty and name not in ALWAYS_NAMED: defaults[name] = plain(p.default)
+            if p.default is not p.empty and name not in ALWAYS_NAMED:
+                defaults[name] = plain(p.default)
     return without_defaults(defaults, arguments)
 
 def _data_named(settings: dict) -> dict: # 'data' of a run
-    "What a data set is called in a run's name: a file without its folder, since its content is in the environment."
+    """What a data set is called in a run's name: a file without its folder, since its content is in the
+    environment."""
     named = _differing(data.load, settings)
     return named | dict(name=Path(named['name']).name) if isinstance(named.get('name'), str) else named
 
@@ -136,7 +139,8 @@ def _title_of_run(settings: dict # of kind 'dnn', 'undefended' or 'knn'
     law = noise_from_repr(settings['noise']) if 'noise' in settings else None
     sigma = getattr(law, 'sigma', None)
     what = f'sigma {float(sigma)}' if sigma else repr(law) if law else settings['kind']
-    if 'n_neighbors' in settings: what = f"K = {settings['n_neighbors']}"
+    if 'n_neighbors' in settings:
+        what = f"K = {settings['n_neighbors']}"
     return (f"{attack['trigger']} {float(attack['norm'])} {float(attack['rate'])} {what} | "
             f"{'/'.join(map(str, data['classes']))} | seed {attack.get('seed', 0)}")
 

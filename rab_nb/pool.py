@@ -27,14 +27,17 @@ def one_thread():
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1): yield
-    finally: torch.set_num_threads(n)
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(n)
 
 # %% ../nbs/internals/pool.ipynb #b0010009
 _mine = {} # what this process was started with, if it is a worker
 
 def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent: time.sleep(.5)
+    while os.getppid() == parent:
+        time.sleep(.5)
     os._exit(1)
 
 def _begin(number: int, function: Callable, parent: int) -> None:
@@ -47,7 +50,8 @@ def worker_number() -> int:
     return _mine.get('number', 0)
 
 def _call(arguments: tuple):
-    with one_thread(): return _mine['function'](*arguments)
+    with one_thread():
+        return _mine['function'](*arguments)
 
 # %% ../nbs/internals/pool.ipynb #b001000c
 class _Worker:
@@ -61,7 +65,8 @@ class _Worker:
         self.executor = ProcessPoolExecutor(1, initializer=_begin, initargs=self.start_with)
 
     def send(self): # the job at hand -> its future
-        try: return self.executor.submit(_call, self.arguments)
+        try:
+            return self.executor.submit(_call, self.arguments)
         except BrokenProcessPool: # it died while it was idle
             self.stop()
             self.start()
@@ -120,15 +125,19 @@ def map_in_processes(function: Callable, # picklable, or defined in a notebook
             more_may_come = _give_out(stream, function, arguments, n_workers, workers, busy)
             if not busy and more_may_come: return
             patience = min(math.inf if more_may_come else .2, max(left(), 0))
-            if not busy: time.sleep(patience)
+            if not busy:
+                time.sleep(patience)
             for future in wait(busy, None if patience == math.inf else patience, FIRST_COMPLETED).done:
                 worker = busy.pop(future)
-                try: result = future.result()
+                try:
+                    result = future.result()
                 except BrokenProcessPool as death:
                     busy[worker.again(death, retries, name(worker.job))] = worker
-                else: yield worker.job, result
+                else:
+                    yield worker.job, result
     finally:
-        for worker in workers: worker.stop()
+        for worker in workers:
+            worker.stop()
 
 # %% ../nbs/internals/pool.ipynb #b0010016
 _WORTH_WORKERS = 5. # seconds of work left that justify starting processes
@@ -141,11 +150,14 @@ def map_groups(task: Callable, # picklable, or defined in a notebook: of a group
     from joblib import effective_n_jobs
     groups = list(groups)
     def here(group):
-        with one_thread(): return group, task(group)
+        with one_thread():
+            return group, task(group)
     start = time.perf_counter()
     if n_jobs is None and groups:
         yield here(groups.pop(0))
         n_jobs = -1 if (time.perf_counter() - start) * len(groups) > _WORTH_WORKERS else 1
     n_workers = min(effective_n_jobs(n_jobs), len(groups))
-    if n_workers <= 1: yield from map(here, groups)
-    else: yield from map_in_processes(task, groups, n_workers, name=lambda group: f'group {group}')
+    if n_workers <= 1:
+        yield from map(here, groups)
+    else:
+        yield from map_in_processes(task, groups, n_workers, name=lambda group: f'group {group}')

@@ -93,8 +93,10 @@ def check_profile(profile, # what the YAML file holds
                          f'least one; got {short(seeds)}')
     if not 0 < profile['alpha'] < 1:
         raise ValueError(f"{name}: alpha must lie in (0, 1), got {short(profile['alpha'])}")
-    for dataset, source in profile['data'].items(): _check_source(source, f'{name}: data.{dataset}', dataset)
-    for part in _TRAINING: _check_training(profile[part], part, name)
+    for dataset, source in profile['data'].items():
+        _check_source(source, f'{name}: data.{dataset}', dataset)
+    for part in _TRAINING:
+        _check_training(profile[part], part, name)
     if set(profile['knn']) != {'n_levels'} or type(profile['knn']['n_levels']) is not int:
         raise ValueError(f"{name}: knn holds n_levels, a whole number; got {short(profile['knn'])}")
     return profile
@@ -150,12 +152,14 @@ def load_profile(name # 'quick', 'cpu', 'paper', or the path of a YAML file
     path = profile_path(name)
     if path.stat().st_size > 100_000:
         raise ValueError(f'{path.name}: {path.stat().st_size} bytes; a profile is a short list of settings')
-    try: profile = yaml.safe_load(path.read_text(encoding='utf-8'))
+    try:
+        profile = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f'{path.name} is not readable YAML: {error}') from None
     check_profile(profile, path.name)
     for source in profile['data'].values():
-        if 'path' in source: source['path'] = str(path.resolve().parent / source['path'])
+        if 'path' in source:
+            source['path'] = str(path.resolve().parent / source['path'])
     return {'profile': path.stem, **profile}
 
 # %% ../nbs/internals/profiles.ipynb #aa2d0139
@@ -205,7 +209,8 @@ def _training_settings(table: TableSpec, # its axes
     "The profile's ensemble for a data set, with DP-SGD's settings for Tables 4-6."
     chosen = _part_of(profile, 'ensemble', table.dataset)
     private = _part_of(profile, 'dp', table.dataset) if table.model == 'dp' else None
-    if private: chosen |= {key: private.pop(key) for key in list(private) if key in chosen}
+    if private:
+        chosen |= {key: private.pop(key) for key in list(private) if key in chosen}
     n_models, shard_size, module = (chosen.pop(key) for key in ('n_models', 'shard_size', 'module'))
     return dict(n_models=n_models, shard_size=shard_size, module=module, train=chosen, dp=private)
 

@@ -266,9 +266,11 @@ def _panel(ax, # matplotlib axes
         for statement in statements(table)[::-1]:
             share, style = _curve(finished, statement, sigma, grid), {last: '--', first: '-'}.get(statement,
                                                                                                   ':')
-            if share is not None: ax.plot(grid, share, style, lw=.8 if style == ':' else 1.5, color=colour)
+            if share is not None:
+                ax.plot(grid, share, style, lw=.8 if style == ':' else 1.5, color=colour)
     attack = np.mean([f.total_norms[1] for f in finished])
-    if attack <= grid[-1]: ax.axvline(attack, color='grey', lw=1.2)
+    if attack <= grid[-1]:
+        ax.axvline(attack, color='grey', lw=1.2)
     else:
         ax.annotate(f'attack at {attack:.1f} $\\rightarrow$', (1, .97), xycoords='axes fraction', ha='right',
                     va='top', fontsize=7)
@@ -307,11 +309,15 @@ def table_figure(finished: list, # of Finished
     for line, (norm, rate) in zip(axes, STRENGTHS):
         for ax, attack in zip(line, ATTACKS):
             here = [f for f in finished if (f.row.attack, f.row.norm, f.row.rate) == (attack, norm, rate)]
-            if here: _panel(ax, here, table)
-            else: ax.annotate('not run', (.5, .5), xycoords='axes fraction', ha='center', color='grey')
+            if here:
+                _panel(ax, here, table)
+            else:
+                ax.annotate('not run', (.5, .5), xycoords='axes fraction', ha='center', color='grey')
             ax.set_title(f'{_ATTACK_NAMES[attack]}, {norm:g} in {rate:.0%}', fontsize=9)
-            if table.number not in COPIED: _paper_circles(ax, table, attack, norm)
-    axes[-1, 1].set_xlabel('total radius $r$'); fig.supylabel('certified accuracy', fontsize=9)
+            if table.number not in COPIED:
+                _paper_circles(ax, table, attack, norm)
+    axes[-1, 1].set_xlabel('total radius $r$')
+    fig.supylabel('certified accuracy', fontsize=9)
     _legend(fig, table)
     return fig
 
@@ -331,7 +337,8 @@ def _seeds_line(finished: list # of Finished
     most = max(map(len, rows.values()))
     some = [seed for seed in rows if len(rows[seed]) < most]
     text = f'seeds {[seed for seed in rows if seed not in some]}'
-    if some: text += f', and {some} for some rows'
+    if some:
+        text += f', and {some} for some rows'
     return text + '; ranges over seeds in brackets' * (len(rows) > 1)
 
 # %% ../nbs/internals/report.ipynb #c9a6c99e
@@ -357,7 +364,8 @@ def models_line(finished: list # of Finished, of an ensemble
     n, asked = sorted({f.n_models for f in finished}), max(f.n_asked for f in finished)
     lost = sum(f.n_diverged for f in finished)
     diverged = ''
-    if lost: diverged = f', of which {lost} in all rows together diverged and count with the worst answer'
+    if lost:
+        diverged = f', of which {lost} in all rows together diverged and count with the worst answer'
     if n[0] >= asked: return f'N = {n[0]} models{diverged}'
     return f"provisional, {' to '.join(map(str, n[::max(len(n) - 1, 1)]))} of N = {asked} models{diverged}"
 
@@ -370,7 +378,8 @@ def table_caption(finished: list, # of Finished
     f, (run, absent) = finished[0], (', '.join(pairs) for pairs in _pairs_of(finished, table, profile))
     source = ', '.join(dict.fromkeys(re.sub(r', seed \d+', ' by seed', f.source) for f in finished))
     stand_in = f", a stand-in for {DATASET_NAMES[table.dataset]} that says nothing about the paper's numbers"
-    if f.data == table.dataset: stand_in = ''
+    if f.data == table.dataset:
+        stand_in = ''
     how = 'exact, no sampling (alpha = 0)'
     if table.model != '1nn':
         where = ' and '.join(sorted({place for f in finished for place in f.where}))
@@ -476,7 +485,8 @@ def dot_plot(scores, # frame of `beside_paper`
                         label=None if face else f'$\\sigma={sigma:g}$')
         ax.axline((0, 0), slope=1, color='grey', lw=.8)
         ax.set(xlabel=f"{title}, the paper's", xlim=(-.03, 1.03), ylim=(-.03, 1.03))
-    axes[0].set_ylabel('ours'); axes[0].legend(fontsize=7, loc='upper left')
+    axes[0].set_ylabel('ours')
+    axes[0].legend(fontsize=7, loc='upper left')
     return fig
 
 # %% ../nbs/internals/report.ipynb #18f0879e
@@ -495,7 +505,8 @@ def _writable(folder: Path # created where it is missing
     import tempfile
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): return folder
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
         raise ValueError(f'results cannot be written to {str(folder)!r}: {error.strerror}; choose another '
                          'folder or free it') from None
@@ -572,7 +583,8 @@ def _provenance() -> dict: # commit and versions
         try:
             return subprocess.run(['git', *words, '--', *ours], cwd=ROOT, capture_output=True,
                                   text=True).stdout.strip()
-        except OSError: return ''
+        except OSError:
+            return ''
     changed = ' with changes' if git('status', '--porcelain') else ''
     commit = (git('log', '-1', '--format=%h') or 'unknown') + changed
     libraries = ('numpy', 'scipy', 'torch', 'scikit-learn', 'matplotlib')
@@ -616,7 +628,8 @@ def _write_missing(table: TableSpec, profile: dict,
     "Write the page of a table of which nothing was run, and remove what older code has drawn."
     page, name = missing_page(table, profile), f'table{table.number}'
     write_file(_writable(folder) / f'{name}.json', json.dumps(page, indent=1))
-    for ending in _FILES_OF_A_RUN: (folder / f'{name}{ending}').unlink(missing_ok=True)
+    for ending in _FILES_OF_A_RUN:
+        (folder / f'{name}{ending}').unlink(missing_ok=True)
     return write_file(folder / f'{name}.md', page_markdown(page))
 
 # %% ../nbs/internals/report.ipynb #93a67893
@@ -636,10 +649,12 @@ def _summary_line(page: dict) -> list: # of cells
     "A table in one line."
     at, ours = f"{page['profile']}/table{page['number']}", [line for line in page['lines'] if line[0]]
     title = f"{page['number']}: {page['title']}"
-    if 'cost' in page: title = f'[{title}]({at}.md)'
+    if 'cost' in page:
+        title = f'[{title}]({at}.md)'
     if 'asked' in page: return [page['asked'], title, '', f"The same runs as in {page['profile']}.", '', '']
     done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)}"
-    if 'cost' in page: done += ''.join(f', without {pair}' for pair in page['not_run'])
+    if 'cost' in page:
+        done += ''.join(f', without {pair}' for pair in page['not_run'])
     if 'cost' not in page: return [page['profile'], title, done, page['verdict'], '', '']
     if page['models']['asked']:
         done += f"; {page['models']['fewest']} of {page['models']['asked']} models"
@@ -761,11 +776,14 @@ def _clean_copy(executed: Path, # as papermill wrote it
     notebook = nbformat.read(executed, 4)
     for cell in notebook.cells:
         tags = cell.metadata.get('tags', [])
-        if 'injected-parameters' in tags: cell.id = 'injected'
-        if not tags: cell.metadata.pop('tags', None)
+        if 'injected-parameters' in tags:
+            cell.id = 'injected'
+        if not tags:
+            cell.metadata.pop('tags', None)
         if cell.cell_type == 'markdown':
             cell.source = _relinked(cell.source, folder.resolve(), out.parent.resolve())
-        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     clean_nb(notebook, allowed_cell_metadata_keys=['tags'])
     notebook.metadata.language_info = {'name': 'python'}
     nbformat.write(notebook, out)
@@ -789,7 +807,8 @@ def run_notebook(notebook: Path, # an experiment notebook
                                    cwd=str(Path(notebook).parent), progress_bar=False,
                                    extra_arguments=['--log-level=ERROR'])
         _clean_copy(part, Path(out), Path(notebook).parent)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     return Path(out)
 
 # %% ../nbs/internals/report.ipynb #be8fdc67
@@ -803,7 +822,8 @@ def make_table(number: int, # table, 1-9
         return make_table(number, home_profile(number, name), compute)
     folder = _writable(ROOT / 'results' / profile['profile'])
     print(f"Table {number}, profile {profile['profile']}: {table.title}", flush=True)
-    if compute: finish(table, profile)
+    if compute:
+        finish(table, profile)
     elif not finished_rows(table, profile): return _write_missing(table, profile, folder)
     which, more = ('knn', {}) if table.model == '1nn' else ('dnn', {'n_estimators': 0})
     return run_notebook(ROOT / f'nbs/experiments/{which}.ipynb', folder / f'table{number}.ipynb',
@@ -849,9 +869,12 @@ def main(arguments=None # of the command line
     "python -m rab_nb.report make 1 quick | where quick 1 9 | report"
     given = _parser().parse_args(arguments)
     try:
-        if given.command == 'make': make_table(given.number, given.profile, not given.finished)
-        elif given.command == 'where': print_locations(given.profile, given.numbers)
-        else: write_list()
+        if given.command == 'make':
+            make_table(given.number, given.profile, not given.finished)
+        elif given.command == 'where':
+            print_locations(given.profile, given.numbers)
+        else:
+            write_list()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -863,4 +886,5 @@ def main(arguments=None # of the command line
 
 # %% ../nbs/internals/report.ipynb #8c86f2bb
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -30,7 +30,8 @@ class _Stacked(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        for name in ('weight', 'bias'): self.register_parameter(name, None)
+        for name in ('weight', 'bias'):
+            self.register_parameter(name, None)
 
 # %% ../nbs/internals/stacked.ipynb #e77db1a2
 class StackedLinear(_Stacked):
@@ -119,7 +120,8 @@ class StackedBatchNorm(_Stacked):
 
     def forward(self, x):
         m, flat = len(self.running_mean), lambda t: None if t is None else t.flatten()
-        if self.training: self.num_batches_tracked += 1
+        if self.training:
+            self.num_batches_tracked += 1
         moved = not (self.models_in_channels and x.dim() == 4)
         x = to_channels(x, m) if moved else x
         out = F.batch_norm(x, self.running_mean.view(-1), self.running_var.view(-1), flat(self.weight),
@@ -138,7 +140,8 @@ def group_normalised(x: torch.Tensor, # (B, c, ...)
                     ) -> torch.Tensor: # in the memory layout and precision of x
     "Group normalisation, without scale and shift where none are given."
     weight, bias = (None if w is None else w.to(x.dtype) for w in (weight, bias))
-    with _without_autocast(x): out = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+    with _without_autocast(x):
+        out = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return out.contiguous(memory_format=torch.channels_last) if last else out
 
@@ -196,8 +199,10 @@ def fold(module: nn.Module # changed in place
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is None or not (child._parameters or child._buffers): continue
-            if child not in new: new[child] = stacked_layer(child)
-            if new[child] is not None: parent._modules[name] = new[child].train(child.training)
+            if child not in new:
+                new[child] = stacked_layer(child)
+            if new[child] is not None:
+                parent._modules[name] = new[child].train(child.training)
     return [f'{name or "the module itself"} ({type(m).__name__})' for name, m in module.named_modules()
             if not isinstance(m, _Stacked) and (m._parameters or m._buffers)]
 
@@ -222,7 +227,8 @@ def _names(module):
 def _attach_all(stack, names):
     "Set every parameter and buffer of the stack's module to the tensor that stands for the original's."
     tensors = dict(parameters=stack.weights, buffers=stack.buffers)
-    for kind, name, first in names: _attach(stack.module, name, tensors[kind][first], f'_{kind}')
+    for kind, name, first in names:
+        _attach(stack.module, name, tensors[kind][first], f'_{kind}')
 
 # %% ../nbs/internals/stacked.ipynb #a1c05e02
 def _tensors(module):
@@ -303,16 +309,19 @@ def _leaves(stack, start, trained):
     "Parameters with the model axis: views of the flat vector where trained, copies where frozen."
     views, grads = (_views(flat, trained, stack.n_models) for flat in (stack.flat, stack.flat.grad))
     for name, value in start:
-        if name in views: views[name].copy_(value)
+        if name in views:
+            views[name].copy_(value)
         value = views[name] if name in views else value.to(stack.flat.device, copy=True).contiguous()
         leaf = nn.Parameter(value[0] if stack.mode == 'plain' else value, requires_grad=name in views)
-        if name in views: leaf.grad = grads[name][0] if stack.mode == 'plain' else grads[name]
+        if name in views:
+            leaf.grad = grads[name][0] if stack.mode == 'plain' else grads[name]
         yield name, leaf
 
 def _buffers(stack, modules):
     "Buffers with the model axis."
     stacked = _values(modules, 'buffers', stack.n_models)
-    if stack.mode == 'plain': stacked = ((name, b[0]) for name, b in stacked)
+    if stack.mode == 'plain':
+        stacked = ((name, b[0]) for name, b in stacked)
     return {name: b.to(stack.flat.device, copy=True).contiguous() for name, b in stacked}
 
 # %% ../nbs/internals/stacked.ipynb #b1d00032
@@ -326,7 +335,8 @@ def _lay_out(stack, module, layout, folded):
     stack.layout, stack.obstacle, stack.samples = 'channels' if able else 'batch', None, [None]
     stack.settled = stack.row_major = False
     stack.trial = copy.deepcopy(module).to('meta') if able else None
-    if able: _with_ways_back(stack.module, stack.n_models, stack.samples)
+    if able:
+        _with_ways_back(stack.module, stack.n_models, stack.samples)
 
 # %% ../nbs/internals/stacked.ipynb #b1d00020
 @contextmanager
@@ -336,19 +346,24 @@ def ieee_float32():
     pairs = (b.cuda, 'matmul'), (b.cudnn, 'conv'), (b.cudnn, 'rnn'), (b.mkldnn, 'matmul'), (b.mkldnn, 'conv')
     owners = [getattr(owner, name, None) for owner, name in pairs]
     new = [(o, o.fp32_precision) for o in owners if hasattr(o, 'fp32_precision')]
-    try: old = torch.get_float32_matmul_precision(), b.cudnn.allow_tf32
-    except RuntimeError: old = None
+    try:
+        old = torch.get_float32_matmul_precision(), b.cudnn.allow_tf32
+    except RuntimeError:
+        old = None
     if old:
         torch.set_float32_matmul_precision('highest')
         b.cudnn.allow_tf32 = False
     else:
-        for o, _ in new: o.fp32_precision = 'ieee'
-    try: yield
+        for o, _ in new:
+            o.fp32_precision = 'ieee'
+    try:
+        yield
     finally:
         if old:
             torch.set_float32_matmul_precision(old[0])
             b.cudnn.allow_tf32 = old[1]
-        for o, before in new: o.fp32_precision = before
+        for o, before in new:
+            o.fp32_precision = before
 
 # %% ../nbs/internals/stacked.ipynb #b1d0003e
 def _close(a, b, rtol=1e-3, atol=1e-4): # atol: a share of the largest number
@@ -363,16 +378,20 @@ def _answers(stack, x):
     rng = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
     try:
         stack.module.eval()
-        with torch.no_grad(), rng, ieee_float32(), _without_autocast(x): return _apply(stack, x)
+        with torch.no_grad(), rng, ieee_float32(), _without_autocast(x):
+            return _apply(stack, x)
     finally:
-        for m, training in parts: m.training = training
+        for m, training in parts:
+            m.training = training
 
 def _wants_rows(stack, x):
     "Whether code of the module's own asks for images in row-major order."
     own = [m for m in stack.module.modules() if not type(m).__module__.startswith('torch.')]
     if all(isinstance(m, _Stacked) for m in own): return False
-    try: _answers(stack, x[:, :1])
-    except Exception as e: return 'view size is not compatible' in str(e)
+    try:
+        _answers(stack, x[:, :1])
+    except Exception as e:
+        return 'view size is not compatible' in str(e)
     return False
 
 def _in_rows(layer, args, out): return out.contiguous()
@@ -385,11 +404,13 @@ def _settle(stack, x):
     if module is not None:
         stack.obstacle = obstacle(module, x.shape[2:])
         stack.layout = 'batch' if stack.obstacle else 'channels'
-        if not stack.obstacle: _put_in_channels(stack.module)
+        if not stack.obstacle:
+            _put_in_channels(stack.module)
     if stack.layout == 'batch' and _wants_rows(stack, x):
         stack.row_major = True
         for layer in stack.module.modules():
-            if isinstance(layer, (nn.Conv2d, StackedConv2d)): layer.register_forward_hook(_in_rows)
+            if isinstance(layer, (nn.Conv2d, StackedConv2d)):
+                layer.register_forward_hook(_in_rows)
     return stack
 
 # %% ../nbs/internals/stacked.ipynb #488dd12a
@@ -406,13 +427,16 @@ class Stack:
         self.module, names = copy.deepcopy(modules[0]).to(device), _names(modules[0])
         self.unfolded = fold(self.module) if m > 1 or folded else None
         self.mode = 'plain' if self.unfolded is None else 'vmap' if self.unfolded else 'fold'
-        if self.mode == 'vmap': self.module = copy.deepcopy(modules[0]).to(device)
+        if self.mode == 'vmap':
+            self.module = copy.deepcopy(modules[0]).to(device)
         trained = {k: p.shape for k, p in modules[0].named_parameters() if p.requires_grad}
         self.flat = torch.zeros(m * sum(s.numel() for s in trained.values()), device=device)
         self.flat.grad = torch.zeros_like(self.flat)
-        with torch.no_grad(): self.weights = dict(_leaves(self, _values(modules, 'parameters', m), trained))
+        with torch.no_grad():
+            self.weights = dict(_leaves(self, _values(modules, 'parameters', m), trained))
         self.buffers = _buffers(self, modules)
-        if self.mode != 'vmap': _attach_all(self, names)
+        if self.mode != 'vmap':
+            _attach_all(self, names)
         _lay_out(self, modules[0], layout, folded)
 
     def __call__(self, x): return _apply(_settle(self, x), x)
@@ -420,14 +444,16 @@ class Stack:
 # %% ../nbs/internals/stacked.ipynb #c7ea8c7c
 def _apply(stack, x):
     "Outputs (M, B, ...) of every model for its inputs (M, B, ...)."
-    if stack.row_major: x = x.contiguous()
+    if stack.row_major:
+        x = x.contiguous()
     if stack.mode == 'plain': return stack.module(x[0])[None]
     if stack.mode == 'fold':
         stack.samples[0] = x.shape[1]
         x = _side_by_side(x) if stack.layout == 'channels' else x.flatten(0, 1)
         return stack.module(x).unflatten(0, (stack.n_models, -1))
     def one(weights, buffers, x): return functional_call(stack.module, (weights, buffers), (x,))
-    try: return vmap(one, randomness='different')(stack.weights, stack.buffers, x)
+    try:
+        return vmap(one, randomness='different')(stack.weights, stack.buffers, x)
     except (RuntimeError, NotImplementedError) as e:
         raise ValueError(f'cannot stack {", ".join(stack.unfolded)}: {e}; '
                          'train one model at a time with stack=1') from e
@@ -462,13 +488,15 @@ def _with_ways_back(module, m, samples): # changed in place
             if child is None or not _plain(child): continue
             flat = type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1)
             average = type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
-            if flat or average: parent._modules[name] = (_Flatten if flat else _Average)(m, samples)
+            if flat or average:
+                parent._modules[name] = (_Flatten if flat else _Average)(m, samples)
     return module
 
 def _put_in_channels(module):
     "Tell the stacked layers of a module that the models lie in the channels."
     for layer in module.modules():
-        if isinstance(layer, _Stacked): layer.models_in_channels = True
+        if isinstance(layer, _Stacked):
+            layer.models_in_channels = True
 
 # %% ../nbs/internals/stacked.ipynb #b1d00014
 _SEPARATE = frozenset( # functions that treat every number, or every channel of every sample, by itself
@@ -490,23 +518,28 @@ class _Outside(TorchFunctionMode):
         super().__init__()
         self.b, self.depth, self.found = b, 0, None
         for layer in module.modules():
-            if isinstance(layer, _Stacked): layer.register_forward_pre_hook(self.enter)
-            if isinstance(layer, _Stacked): layer.register_forward_hook(self.leave)
+            if isinstance(layer, _Stacked):
+                layer.register_forward_pre_hook(self.enter)
+            if isinstance(layer, _Stacked):
+                layer.register_forward_hook(self.leave)
 
     def enter(self, layer, args):
         self.depth += 1
-        if type(layer) is StackedLinear: self.refuse('nn.Linear', args)
+        if type(layer) is StackedLinear:
+            self.refuse('nn.Linear', args)
 
     def leave(self, layer, args, out): self.depth -= 1
     def refuse(self, name, values):
-        if _images(values, self.b): self.found = f'{name} of images'
+        if _images(values, self.b):
+            self.found = f'{name} of images'
         if self.found: raise TypeError(self.found)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, named = kwargs or {}, func.__self__ if getattr(func, '__name__', '') == '__get__' else func
         name = getattr(named, '__name__', repr(func))
         separate = self.depth or name.split('.')[0] in _SEPARATE
-        if not separate: self.refuse(name, (*args, *kwargs.values()))
+        if not separate:
+            self.refuse(name, (*args, *kwargs.values()))
         return func(*args, **kwargs)
 
 # %% ../nbs/internals/stacked.ipynb #b1d00041
@@ -536,8 +569,10 @@ def obstacle(module: nn.Module, # one network
     for training in (True, False):
         outside = _Outside(twin.module.train(training), 7)
         try:
-            with torch.no_grad(), outside, _Beneath(outside): out = twin.module(x)
-        except Exception as e: return outside.found or str(e) or type(e).__name__
+            with torch.no_grad(), outside, _Beneath(outside):
+                out = twin.module(x)
+        except Exception as e:
+            return outside.found or str(e) or type(e).__name__
         if outside.found or len(out) != 14: return outside.found or 'its outputs are images'
 
 # %% ../nbs/internals/stacked.ipynb #b1d0001c
@@ -557,7 +592,8 @@ def faster_layout(make, # function of a layout: a new `Stack`
     for layout in ('batch', 'channels'):
         stack = make(layout)
         times = [seconds(stack) for _ in range(2 + repeats)]
-        if stack.layout == layout: taken[layout] = statistics.median(times[2:])
+        if stack.layout == layout:
+            taken[layout] = statistics.median(times[2:])
     return min(taken, key=taken.get)
 
 # %% ../nbs/internals/stacked.ipynb #01a98baf
@@ -572,7 +608,8 @@ def load_state(stack: Stack, # changed in place
                values: dict # as returned by `state`
               ) -> Stack: # the same one
     "Put a state into a stack."
-    for name, tensor in state(stack).items(): tensor.copy_(values[name])
+    for name, tensor in state(stack).items():
+        tensor.copy_(values[name])
     return stack
 
 # %% ../nbs/internals/stacked.ipynb #b3c439fc
@@ -618,7 +655,8 @@ class _Watch(TorchDispatchMode):
 
 def _draws(stack, x):
     "Whether a stack in evaluation draws random numbers or answers differently from call to call."
-    with _Watch() as watch: once, again = stack(x), stack(x)
+    with _Watch() as watch:
+        once, again = stack(x), stack(x)
     return torch.Tag.nondeterministic_seeded in watch.tags or not _close(once, again)
 
 # %% ../nbs/internals/stacked.ipynb #b1d00035
@@ -627,7 +665,8 @@ def _fault(plain, alone, together, x): # (2, B, ...)
     values, watch = state(_settle(together, x)), _Watch()
     def answer(k): return load_state(alone, {name: v[k:k + 1] for name, v in values.items()})(x[k:k + 1])
     each, as_written = [answer(0), answer(1)], plain(x[:1])
-    with watch: both, first = together(x), _first_in_training(together, x)
+    with watch:
+        both, first = together(x), _first_in_training(together, x)
     beside = _first_in_training(together, x, beside=True)
     same = _close(both, torch.cat(each)) and _close(beside, first)
     if same and _close(each[0], as_written, .05, .05):
@@ -647,15 +686,19 @@ def check_independence(module: nn.Module, x: torch.Tensor, # (B, ...) some input
     if together.mode != 'fold': return
     plain, alone = Stack(net, 1, x.device), Stack(net, 1, x.device, folded=True)
     for layer in alone.module.modules():
-        if isinstance(layer, StackedConv2d): layer.one_as_product = layout == 'batch'
+        if isinstance(layer, StackedConv2d):
+            layer.one_as_product = layout == 'batch'
     for value in state(together).values():
-        if value.is_floating_point(): value[1] *= .9
+        if value.is_floating_point():
+            value[1] *= .9
     x = torch.stack([x, x / 2]).nan_to_num(0., 0., 0.)
     shift = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
     x = x / x.abs().max().clamp(min=1) + shift
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), ieee_float32():
         plain(x[:1])
-        try: why = _fault(plain, alone, together, x)
-        except Exception as e: why = str(e) or type(e).__name__
+        try:
+            why = _fault(plain, alone, together, x)
+        except Exception as e:
+            why = str(e) or type(e).__name__
     if not why: return
     raise ValueError(f'cannot stack {own_parts(module)}: {why}; train one model at a time with stack=1')

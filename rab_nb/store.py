@@ -77,8 +77,10 @@ def as_ranges(numbers # of models, in any order
     "Numbers as increasing ranges without gaps."
     found = []
     for k in sorted(set(numbers)):
-        if found and found[-1][1] == k: found[-1][1] = k + 1
-        else: found.append([k, k + 1])
+        if found and found[-1][1] == k:
+            found[-1][1] = k + 1
+        else:
+            found.append([k, k + 1])
     return tuple(map(tuple, found))
 
 def numbers_in(ranges # of (first, last + 1)
@@ -138,8 +140,10 @@ def _unpack(content: bytes, # of a shard file
             models: range # the models that it should hold
            ) -> tuple[dict, dict]: # arrays, note
     "The arrays of a shard after every check."
-    try: arrays, text = _parse(content)
-    except Exception as e: raise ShardError(f'is not a safetensors file ({type(e).__name__})') from None
+    try:
+        arrays, text = _parse(content)
+    except Exception as e:
+        raise ShardError(f'is not a safetensors file ({type(e).__name__})') from None
     if text.get('run') != run: raise ShardError('belongs to other settings')
     if text.get('models') != _shard_name(models):
         raise ShardError(f'holds models {text.get("models")!r} of its run')
@@ -152,35 +156,46 @@ def _read(path) -> bytes:
     size = os.stat(path).st_size
     if size > MAX_SHARD_BYTES:
         raise ShardError(f'has {size} bytes, more than MAX_SHARD_BYTES = {MAX_SHARD_BYTES}')
-    with open(path, 'rb') as file: return file.read(MAX_SHARD_BYTES)
+    with open(path, 'rb') as file:
+        return file.read(MAX_SHARD_BYTES)
 
 # %% ../nbs/internals/store.ipynb #5847e8f8
 def _locked(fd: int) -> bool:
     "Take the lock on an open file, if nobody else has it."
-    try: import fcntl
-    except ImportError: return True
-    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: return True
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
     return True
 
 def _same_file(path: Path, fd: int) -> bool:
     "Whether the name still leads to the open file: its former owner may have moved or removed it."
-    try: return os.path.samestat(os.stat(path), os.fstat(fd))
-    except OSError: return False
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
 
 # %% ../nbs/internals/store.ipynb #157b2966
 def _write(fd: int, content: bytes) -> None:
     os.ftruncate(fd, 0)
     view = memoryview(content)
-    while view: view = view[os.write(fd, view):]
+    while view:
+        view = view[os.write(fd, view):]
     os.fsync(fd)
 
 def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 # %% ../nbs/internals/store.ipynb #ea37e3f5
 @dataclass(frozen=True)
@@ -195,7 +210,8 @@ class Claim:
 
     def release(self) -> None:
         "Give the right back without writing."
-        if self.held: os.unlink(self.part)
+        if self.held:
+            os.unlink(self.part)
         os.close(self.fd)
 
     def commit(self, content: bytes) -> None:
@@ -273,9 +289,12 @@ def shard_state(run: Run, # in a store
                 models: range # of one shard
                ) -> str: # 'finished', 'missing', or what is wrong with the file
     "Look at one shard."
-    try: run.read(models)
-    except FileNotFoundError: return 'missing'
-    except ShardError as e: return str(e)
+    try:
+        run.read(models)
+    except FileNotFoundError:
+        return 'missing'
+    except ShardError as e:
+        return str(e)
     return 'finished'
 
 def written_shards(run: Run # in a store
@@ -293,8 +312,10 @@ def contents(run: Run, # in a store
     for models in written_shards(run):
         here = [k for k in models if k in left]
         if not here: continue
-        try: arrays, note = run.read(models)
-        except (FileNotFoundError, ShardError): continue
+        try:
+            arrays, note = run.read(models)
+        except (FileNotFoundError, ShardError):
+            continue
         left -= set(here)
         if len(here) < len(models):
             arrays = {name: a[[k - models.start for k in here]] for name, a in arrays.items()}
@@ -347,17 +368,21 @@ def _sweep(folder: Path # a run's folder
     "Remove hidden files whose writers are dead."
     for part in folder.glob('.*.part'):
         held = claim(part.with_name(part.name[1:-5]))
-        if held: held.release()
+        if held:
+            held.release()
 
 def prepare(run: Run # about to be computed
            ) -> None:
     "Create the run's folder and its settings file."
     run.folder.mkdir(parents=True, exist_ok=True)
     _sweep(run.folder)
-    try: intact = read_settings(run.folder) == run.key
-    except (FileNotFoundError, ShardError): intact = False
+    try:
+        intact = read_settings(run.folder) == run.key
+    except (FileNotFoundError, ShardError):
+        intact = False
     held = None if intact else claim(run.folder / 'settings.json')
-    if held: held.commit(canonical(run.key).encode())
+    if held:
+        held.commit(canonical(run.key).encode())
 
 # %% ../nbs/internals/store.ipynb #fba249f6
 def runs_in(store=None # see `store_root`
@@ -367,8 +392,10 @@ def runs_in(store=None # see `store_root`
     root = store_root(store)
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if not re.fullmatch('[0-9a-f]{16}', folder.name): continue
-        try: found.append(Run(read_settings(folder), root))
-        except (OSError, ShardError) as e: wrong.append(f'{folder.name}: {e}')
+        try:
+            found.append(Run(read_settings(folder), root))
+        except (OSError, ShardError) as e:
+            wrong.append(f'{folder.name}: {e}')
     return found, wrong
 
 # %% ../nbs/internals/store.ipynb #130fb381
@@ -423,7 +450,8 @@ def added_up(arrays: dict, # name -> (models, points, classes) outputs; others a
     "Sums over models; one with a number that is not finite, in any set, has diverged and is left out of all."
     sets = {name: a for name, a in arrays.items() if a.ndim == 3 and len(a) == len(numbers)}
     healthy = np.ones(len(numbers), bool)
-    for a in sets.values(): healthy &= np.isfinite(a).all((1, 2))
+    for a in sets.values():
+        healthy &= np.isfinite(a).all((1, 2))
     sums = {}
     for name, a in sets.items():
         none = np.full((1, *a.shape[1:]), 1 / a.shape[2])
@@ -478,11 +506,13 @@ def merge_blocks(blocks # of Block, of any runs
     unique = {}
     for b in blocks:
         twins = unique.setdefault((b.where, b.models), [])
-        if not any(_same(b, t) for t in twins): twins.append(b)
+        if not any(_same(b, t) for t in twins):
+            twins.append(b)
     unique = [b for twins in unique.values() for b in twins]
     _check_once(unique)
     total = {}
-    for b in unique: total[b.where] = _add(total[b.where], b) if b.where in total else b
+    for b in unique:
+        total[b.where] = _add(total[b.where], b) if b.where in total else b
     return sorted(total.values(), key=lambda b: (b.title, b.where))
 
 # %% ../nbs/internals/store.ipynb #51ee0029
@@ -585,7 +615,8 @@ def _unpack_blocks(content: bytes # of a file
         text = text['rab_nb']
         text, digest = text[:-64], text[-64:]
         told = json.loads(text)
-    except Exception as e: raise StatisticsError(f'is not a file of blocks ({type(e).__name__})') from None
+    except Exception as e:
+        raise StatisticsError(f'is not a file of blocks ({type(e).__name__})') from None
     if digest != _checksum(arrays, text): raise StatisticsError('does not match its checksum')
     try:
         if told['format'] != _FORMAT:
@@ -599,8 +630,10 @@ def read_blocks(path # of a file of blocks
                ) -> list: # of Block; none where there is no file
     "The blocks of a table."
     path = Path(path)
-    try: return _unpack_blocks(_read(path))
-    except FileNotFoundError: return []
+    try:
+        return _unpack_blocks(_read(path))
+    except FileNotFoundError:
+        return []
     except (ShardError, StatisticsError) as e:
         raise StatisticsError(f'{path} {e}: it is damaged or was not written by this package, and has been '
                               'left as it is. '
@@ -616,7 +649,8 @@ def _replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
     _sync_folder(path.parent)
 
 # %% ../nbs/internals/store.ipynb #51ee0047
@@ -629,7 +663,8 @@ def _under_lock(path, # of a file of blocks
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(str(path.with_name(f'.{path.name}.lock')), timeout=patience): yield path
+        with FileLock(str(path.with_name(f'.{path.name}.lock')), timeout=patience):
+            yield path
     except Timeout:
         raise OSError(f'{path} has been in the hands of another process for {patience:g} s: wait for it to '
                       'end, and run again') from None
@@ -642,7 +677,8 @@ def update_blocks(path, # of a file of blocks, created where it is missing
         before = read_blocks(path)
         after = merge_blocks([*before, *more(before)])
         content = pack_blocks(after)
-        if after and not (path.exists() and path.read_bytes() == content): _replace_file(path, content)
+        if after and not (path.exists() and path.read_bytes() == content):
+            _replace_file(path, content)
     return after
 
 def add_blocks(path, blocks: list # file of blocks; of Block

@@ -92,7 +92,8 @@ def blocks_behind(settings: dict, # of a run
         raise StatisticsError(f"the blocks of '{mine[0].title}' are about different data, sha256 "
                               f"{' and '.join(d[:16] for d in data)}: keep one of them")
     models = Counter()
-    for b in mine: models[b.key['environment'].get('precision')] += b.n_models
+    for b in mine:
+        models[b.key['environment'].get('precision')] += b.n_models
     return [b for b in mine if b.key['environment'].get('precision') == models.most_common(1)[0][0]]
 
 # %% ../nbs/internals/tables.ipynb #dbdceba3
@@ -104,7 +105,8 @@ def _describe_training(blocks: list # of Block, of a smoothed ensemble
     private = ', DP-SGD with C = {max_grad_norm:g} and noise multiplier {noise_multiplier:g}'
     private = private.format(**dp) if dp else ''
     network = module.pop('name')
-    if module: network += f" ({', '.join(f'{k} {v}' for k, v in module.items())})"
+    if module:
+        network += f" ({', '.join(f'{k} {v}' for k, v in module.items())})"
     more = ''.join(f', {k} {v}' for k, v in train.items() if k not in ALWAYS_NAMED)
     return (f"{network}, {train['epochs']} epochs, batch {train['batch_size']}, Adam "
             f"{train['lr']:g}{private}{more}, "
@@ -163,7 +165,8 @@ def _finished_knn(row: Row, settings: dict, profile: dict, blocks: list) -> Fini
     clean = lambda n: arrays.get(f'clean.{classifier_label(row.sigma, n)}.prediction')
     certificates = {QUANTISED if n else EXACT: (_stored_certificate(arrays, 'triggered', row.sigma, n),
                                                 clean(n)) for n in levels}
-    if len(levels) == 1: how += 'exact'
+    if len(levels) == 1:
+        how += 'exact'
     else:
         how += (f'quantised to {levels[0]} levels (radii of a classifier with the same bucket edges) and '
                 'exact '
@@ -209,7 +212,8 @@ def _complete(settings: list, # of runs
     blocks = read_blocks(statistics) if statistics else []
     there = lambda s: sum(b.n_models for b in blocks_behind(s, blocks))
     lacking = [s for s in settings if there(s) < s['n_models']]
-    if lacking: workers.run_all(lacking, n_jobs=n_jobs, statistics=statistics)
+    if lacking:
+        workers.run_all(lacking, n_jobs=n_jobs, statistics=statistics)
 
 def finish(table: TableSpec, profile: dict, n_estimators: int = 0, first: int = 0, # as in `finished_rows`
            compute: bool = True, # False: leave out what is not finished
@@ -220,7 +224,8 @@ def finish(table: TableSpec, profile: dict, n_estimators: int = 0, first: int = 
     if statistics == _RESULTS:
         statistics = None if n_estimators else statistics_path(table.number, profile['profile'])
     rows = rows_of(table, profile)[:first or None]
-    if compute: _complete(settings_of(rows, profile, n_estimators), statistics, n_jobs)
+    if compute:
+        _complete(settings_of(rows, profile, n_estimators), statistics, n_jobs)
     done = finished_rows(table, profile, n_estimators, first, statistics)
     if not done:
         raise ValueError(f'no row of Table {table.number} is finished in profile {profile["profile"]!r}: '
@@ -237,9 +242,11 @@ def finish_neighbours(table: TableSpec, profile: dict, # as in `finish`
     "The rows of the first attack setting for a vote among K neighbours, for the profile's `seeds`."
     rows = [row for row in rows_of(table, profile)[:first or None] if has_neighbours(row, profile)]
     settings = {row: knn_runs(row, profile, n_neighbors) for row in rows}
-    if statistics == _RESULTS: statistics = statistics_path(table.number, profile['profile'])
+    if statistics == _RESULTS:
+        statistics = statistics_path(table.number, profile['profile'])
     wanted = unique_settings(s['nearest'] for s in settings.values())
-    if compute: _complete(wanted, statistics)
+    if compute:
+        _complete(wanted, statistics)
     blocks = _blocks_for(table, profile, wanted, statistics)
     return [f for row in rows if (f := _finished_knn(row, settings[row], profile, blocks))]
 

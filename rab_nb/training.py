@@ -61,7 +61,8 @@ class TrainSpec:
 
     def __post_init__(self):
         _check_spec(self)
-        if self.device != 'auto': object.__setattr__(self, 'device', device_name(self.device))
+        if self.device != 'auto':
+            object.__setattr__(self, 'device', device_name(self.device))
 
 # %% ../nbs/internals/training.ipynb #d14a08df
 def check_whole(name: str, value, least: int = 1 # of the argument
@@ -80,10 +81,13 @@ def _one_of(name, value, allowed):
 
 # %% ../nbs/internals/training.ipynb #e76eeb56
 def _check_spec(s):
-    for name in ('epochs', 'batch_size'): check_whole(name, getattr(s, name))
+    for name in ('epochs', 'batch_size'):
+        check_whole(name, getattr(s, name))
     check_whole('n_classes', s.n_classes, 2)
-    if s.stack != 'auto': check_whole('stack', s.stack)
-    if s.max_memory is not None: check_whole('max_memory', s.max_memory)
+    if s.stack != 'auto':
+        check_whole('stack', s.stack)
+    if s.max_memory is not None:
+        check_whole('max_memory', s.max_memory)
     _real('lr', s.lr, '> 0', lambda v: v > 0)
     _one_of('start', s.start, ('own', 'shared'))
     _one_of('precision', s.precision, ('auto', 'float32', 'bf16'))
@@ -95,7 +99,8 @@ def _check_spec(s):
     if not callable(s.module):
         raise ValueError(f'module must be an nn.Module or a function that makes one, got {s.module!r}')
     _check_noise(s)
-    for e in s.snapshots: check_whole('snapshots', e)
+    for e in s.snapshots:
+        check_whole('snapshots', e)
     if s.snapshots and max(s.snapshots) >= s.epochs:
         raise ValueError(f'snapshots must be < epochs = {s.epochs}, got {s.snapshots!r}')
 
@@ -121,7 +126,8 @@ def initial_module(module, # nn.Module or a function without arguments
                   ) -> nn.Module: # with the initial parameters of model k
     "The network that model k starts from; ValueError if it is none, or has nothing to train."
     if not isinstance(module, nn.Module):
-        with global_stream(random_state, 'start', k): module = module()
+        with global_stream(random_state, 'start', k):
+            module = module()
     if not isinstance(module, nn.Module):
         raise ValueError(f'the function given as module must return an nn.Module, got {module!r}')
     if not any(p.requires_grad for p in module.parameters()):
@@ -148,8 +154,10 @@ def auto_stack(spec, # TrainSpec with a device
     "The stack where the user leaves it open."
     if not spec.device.startswith('cuda'): return 25 if n_parameters <= _SMALL else 1
     total = torch.cuda.get_device_properties(spec.device).total_memory
-    if shape is None: need = lambda m: 128 * n_parameters * m
-    else: need = lambda m: group_bytes(replace(spec, stack=m), shape[0], tuple(shape[1:]))
+    if shape is None:
+        need = lambda m: 128 * n_parameters * m
+    else:
+        need = lambda m: group_bytes(replace(spec, stack=m), shape[0], tuple(shape[1:]))
     return next(m for m in _STACKS if m == 1 or need(m) <= total / 2)
 
 # %% ../nbs/internals/training.ipynb #0d86df11
@@ -160,8 +168,10 @@ def _draws_numbers(module: nn.Module, # a network
     net, x = copy.deepcopy(module).train(), torch.zeros(2, *shape)
     with global_stream(0, 'layers'), torch.no_grad():
         before = torch.get_rng_state()
-        try: net(x)
-        except Exception: return False # `check_outputs` says what is wrong
+        try:
+            net(x)
+        except Exception:
+            return False # `check_outputs` says what is wrong
         return not torch.equal(before, torch.get_rng_state())
 
 # %% ../nbs/internals/training.ipynb #3bf60f74
@@ -171,13 +181,17 @@ def resolved(spec: TrainSpec, # possibly with 'auto'
     "The spec as this machine will run it."
     module = initial_module(spec.module, spec.random_state)
     device = spec.device if spec.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    if spec.stack == 'auto': check_device(device)
+    if spec.stack == 'auto':
+        check_device(device)
     size, precision = sum(p.numel() for p in module.parameters()), spec.precision
-    if precision == 'auto': precision = 'bf16' if _has_bf16(device) and size > _SMALL else 'float32'
+    if precision == 'auto':
+        precision = 'bf16' if _has_bf16(device) and size > _SMALL else 'float32'
     spec = replace(spec, device=device, precision=precision)
-    if isinstance(module, Frozen): size = sum(p.numel() for p in module.head.parameters())
+    if isinstance(module, Frozen):
+        size = sum(p.numel() for p in module.head.parameters())
     stack = auto_stack(spec, size, shape) if spec.stack == 'auto' else int(spec.stack)
-    if stack > 1 and shape is not None and _draws_numbers(module, tuple(shape[1:])): stack = 1
+    if stack > 1 and shape is not None and _draws_numbers(module, tuple(shape[1:])):
+        stack = 1
     return replace(spec, stack=stack)
 
 # %% ../nbs/internals/training.ipynb #c90677ba
@@ -209,7 +223,8 @@ def machine(spec: TrainSpec, # any
     "What rounds a run's results."
     spec = resolved(spec, shape)
     found = {name: getattr(spec, name) for name in ('device', 'precision', 'stack')}
-    if spec.device.startswith('cuda'): found['gpu'] = torch.cuda.get_device_name(spec.device)
+    if spec.device.startswith('cuda'):
+        found['gpu'] = torch.cuda.get_device_name(spec.device)
     return found
 
 # %% ../nbs/internals/training.ipynb #b72bbd52
@@ -249,7 +264,8 @@ def smoothed_rows(spec: TrainSpec, rows: torch.Tensor, # (n, d)
                  ) -> torch.Tensor: # (M, B, d)
     "Training inputs plus the noise of every model."
     size = len(rows) if i is None else i.shape[1]
-    if out is None: out = rows.new_empty(len(models), size, rows.shape[1])
+    if out is None:
+        out = rows.new_empty(len(models), size, rows.shape[1])
     for j, k in enumerate(models):
         mine = None if i is None else i[j]
         torch.add(rows if mine is None else rows[mine], draw_noise(spec, rows, k, mine), out=out[j])
@@ -438,8 +454,10 @@ def _replayed(step, # function of positions and a number, as from `training_step
         if size not in repeat:
             at[size] = index.clone()
             again = partial(step, at[size], number)
-            try: repeat[size] = record(again)
-            except RuntimeError: repeat[size] = again
+            try:
+                repeat[size] = record(again)
+            except RuntimeError:
+                repeat[size] = again
         at[size].copy_(index)
         repeat[size]()
     return run
@@ -448,7 +466,8 @@ def cuda_graph(function # without arguments, of tensors that stay where they are
               ): # function that replays it
     "Record what a function asks of the GPU, on the current stream; nothing is computed yet."
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): function()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
     return graph.replay
 
 # %% ../nbs/internals/training.ipynb #6c38362c
@@ -461,8 +480,10 @@ def _precisions(): # the parts of torch that have a float32 precision of their o
     return [part for part in parts if hasattr(part, 'fp32_precision')]
 
 def _setting(read, usual): # the usual value where torch refuses to tell, as its two interfaces disagree
-    try: return read()
-    except RuntimeError: return usual
+    try:
+        return read()
+    except RuntimeError:
+        return usual
 
 @contextmanager
 def exact_float32():
@@ -474,19 +495,22 @@ def exact_float32():
     try:
         _set_precision('highest', False, True, False, parts, ['ieee'] * len(parts))
         yield
-    finally: _set_precision(*before, parts, values)
+    finally:
+        _set_precision(*before, parts, values)
 
 def _set_precision(matmul, tf32, deterministic, benchmark, parts, values):
     torch.set_float32_matmul_precision(matmul)
     cudnn = _backend('cudnn')
     cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = tf32, deterministic, benchmark
-    for part, value in zip(parts, values): part.fp32_precision = value
+    for part, value in zip(parts, values):
+        part.fp32_precision = value
 
 # %% ../nbs/internals/training.ipynb #f0418fe7
 _streams = {} # number of a GPU -> stream
 
 def _side_stream(gpu): # always the same, because libraries keep a workspace for every stream
-    if gpu not in _streams: _streams[gpu] = torch.cuda.Stream(gpu)
+    if gpu not in _streams:
+        _streams[gpu] = torch.cuda.Stream(gpu)
     return _streams[gpu]
 
 @contextmanager
@@ -501,8 +525,10 @@ def _on_device(device: str # 'cpu', 'cuda:1' ...
             side = _side_stream(torch.cuda.current_device())
             side.wait_stream(torch.cuda.current_stream())
             try:
-                with torch.cuda.stream(side): yield
-            finally: torch.cuda.current_stream().wait_stream(side)
+                with torch.cuda.stream(side):
+                    yield
+            finally:
+                torch.cuda.current_stream().wait_stream(side)
 
 # %% ../nbs/internals/training.ipynb #81b618e9
 def _initial_stack(spec: TrainSpec, models, # resolved; numbers of the models
@@ -512,7 +538,8 @@ def _initial_stack(spec: TrainSpec, models, # resolved; numbers of the models
     make, folded = partial(initial_module, spec.module, spec.random_state), getattr(spec.dp, 'folded', False)
     same = spec.start == 'shared' or isinstance(spec.module, nn.Module)
     nets = make(0) if same else [make(k) for k in models]
-    if len(models) > 1: check_independence(nets if same else nets[0], x)
+    if len(models) > 1:
+        check_independence(nets if same else nets[0], x)
     return Stack(nets, len(models), spec.device, folded=folded)
 
 # %% ../nbs/internals/training.ipynb #f0ea0002
@@ -535,7 +562,8 @@ def _split(spec): # resolved -> the frozen body or None, settings of what is tra
 # %% ../nbs/internals/training.ipynb #f0ea0004
 def _named_body(spec, body): # what features depend on besides rows and noise
     weights = hashes({k: v[None] for k, v in body.state_dict().items()})[0]
-    return f'{hashlib.sha256(repr(body).encode()).hexdigest()} {weights} {spec.precision} {spec.device.split(":")[0]}'
+    text, where = hashlib.sha256(repr(body).encode()).hexdigest(), spec.device.split(':')[0]
+    return f'{text} {weights} {spec.precision} {where}'
 
 def _smoothed_features(spec, body, x, models) -> torch.Tensor: # (n, ...) training inputs -> (M, n, f) float32
     rows, shape, body = to_rows(x), tuple(np.shape(x)[1:]), body.to(spec.device)
@@ -546,7 +574,9 @@ def _smoothed_features(spec, body, x, models) -> torch.Tensor: # (n, ...) traini
             i = torch.from_numpy(i)
             return to_inputs(rows[i] + (draw_noise(spec, rows, k, i) if small is None else small[i]), shape)
         name = f'{_named_body(spec, body)} {spec.noise!r} {spec.random_state} {len(rows)} {k}'
-        return store.features(name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision))
+        return store.features(
+            name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision)
+        )
     return torch.stack([torch.from_numpy(of(k)).float() for k in models]).to(spec.device)
 
 def _test_features(spec, body, x, u) -> torch.Tensor: # (n, ...) inputs, (M, 1, d) -> (M, n, f) float32
@@ -555,7 +585,9 @@ def _test_features(spec, body, x, u) -> torch.Tensor: # (n, ...) inputs, (M, 1, 
     def of(shift):
         name = f'{_named_body(spec, body)} u {hashlib.sha256(shift.numpy().tobytes()).hexdigest()}'
         make = lambda i: to_inputs(rows[torch.from_numpy(i)] + shift, shape)
-        return store.features(name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision))
+        return store.features(
+            name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision)
+        )
     return torch.stack([torch.from_numpy(of(shift)).float() for shift in u.cpu()]).to(spec.device)
 
 # %% ../nbs/internals/training.ipynb #f0ea0005
@@ -590,11 +622,13 @@ def train(spec: TrainSpec, # resolved
             stack = _initial_stack(spec, models, to_inputs(rows[:4], shape))
             slab, targets, epoch_of = _smoothed_batches(spec, rows, labels, shape, models)
         step, number = training_step(spec, stack, shape, models, slab, targets), 0
-        if _may_record(spec, shape): step = _replayed(step, cuda_graph)
+        if _may_record(spec, shape):
+            step = _replayed(step, cuda_graph)
         with global_stream(spec.random_state, 'layers', models[0], device=spec.device):
             for epoch in range(spec.epochs):
                 stack.module.train()
-                for number, index in enumerate(epoch_of(epoch), number + 1): step(index, number)
+                for number, index in enumerate(epoch_of(epoch), number + 1):
+                    step(index, number)
                 after_epoch(epoch + 1, stack)
     return stack
 
@@ -608,13 +642,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3 # numbers of glibc's malloc.h
 @contextmanager
 def _keep_freed_memory():
     "Let this process reuse what it frees, for a while; nothing happens where the C library is not glibc."
-    try: mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError): mallopt = trim = lambda *values: None
+    try:
+        mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        mallopt = trim = lambda *values: None
     def thresholds(to_trim, to_map):
         mallopt(_M_TRIM_THRESHOLD, to_trim)
         mallopt(_M_MMAP_THRESHOLD, to_map)
     thresholds(2**31 - 1, 2**30)
-    try: yield
+    try:
+        yield
     finally:
         thresholds(2**26, 2**25) # the largest that glibc comes to by itself
         trim(0)
@@ -627,8 +664,10 @@ def draw_u(spec: TrainSpec, # noise, test_noise, test_sigma
     "u of every model."
     law = u_law(spec)
     if law is None: return torch.zeros(len(models), 1, d)
-    if spec.test_noise == 'hash': streams = [generator(int(h, 16), 'test-noise') for h in digests]
-    else: streams = [generator(spec.random_state, 'test-noise', k) for k in models]
+    if spec.test_noise == 'hash':
+        streams = [generator(int(h, 16), 'test-noise') for h in digests]
+    else:
+        streams = [generator(spec.random_state, 'test-noise', k) for k in models]
     return torch.stack([law.sample((1, d), g) for g in streams])
 
 def u_law(spec): # the noise that u is drawn from, None where u = 0
@@ -659,8 +698,10 @@ def _answers(spec: TrainSpec, stack: Stack, models, digests: list, # numbers and
     with _on_device(spec.device), draws:
         u = u.to(spec.device)
         stack.module.eval()
-        if body is not None: parts = _test_features(spec, body, x, u).split(block, 1)
-        else: parts = (to_inputs(part.to(spec.device) + u, shape) for part in rows.split(block))
+        if body is not None:
+            parts = _test_features(spec, body, x, u).split(block, 1)
+        else:
+            parts = (to_inputs(part.to(spec.device) + u, shape) for part in rows.split(block))
         p = torch.cat([_soft(stack(part)) for part in parts], 1)
         return torch.where(_finite(stack)[:, None, None], p, torch.nan).cpu().numpy()
 
@@ -679,12 +720,14 @@ def train_group(spec: TrainSpec, x, y, x_evals: dict, # as in `train_shard`
         for name, e in x_evals.items():
             out['probabilities'][name + suffix] = _answers(spec, stack, models, out['hashes'], e)
     try:
-        with _keep_freed_memory(): stack = train(spec, x, y, models, after_epoch)
+        with _keep_freed_memory():
+            stack = train(spec, x, y, models, after_epoch)
     except (RuntimeError, MemoryError) as e:
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(e)): raise
         raise MemoryError(f'{spec.stack} models side by side do not fit on {spec.device}; '
                           'give a smaller stack, or max_memory, the bytes that a group may take') from e
-    if keep_models: out['models'] = {k: v.cpu().numpy().copy() for k, v in state(stack).items()}
+    if keep_models:
+        out['models'] = {k: v.cpu().numpy().copy() for k, v in state(stack).items()}
     return out
 
 # %% ../nbs/internals/training.ipynb #bff163c9
@@ -710,7 +753,8 @@ def _check_tensor(out, mode): # what a network returned, ' in training mode' or 
 def _check_mode(spec, module, rows, training): # resolved; a copy of the network; two inputs; one of its modes
     n, shape, mode = len(rows), tuple(rows.shape[1:]), ' in training mode' * training
     allowed = [(n, spec.n_classes)] + [(n, 1)] * (spec.n_classes == 2)
-    try: out = _tried(module, rows, training)
+    try:
+        out = _tried(module, rows, training)
     except Exception as e:
         hint = image_hint(shape) if len(shape) == 3 or 'channel' in str(e) or 'conv' in str(e) else ''
         raise ValueError(f'module fails{mode} on inputs of shape {shape}: {e}{hint}') from e
@@ -726,7 +770,8 @@ def _check_mode(spec, module, rows, training): # resolved; a copy of the network
 def _check_last_batch(spec, module, x): # resolved; a copy of the network; inputs
     n, b = len(x), spec.batch_size
     if n % b != 1 % b: return
-    try: _tried(module, torch.from_numpy(np.array(x[:1], np.float32)), True)
+    try:
+        _tried(module, torch.from_numpy(np.array(x[:1], np.float32)), True)
     except Exception as e:
         other = next((k for k in range(b + 1, n + 1) if n % k != 1), n)
         raise ValueError(f'batches of {b} leave a single row of {n} for the last one, and the module cannot '
@@ -753,10 +798,13 @@ def _probes(module, x): # changes the weights of the network between the inputs 
 def _confined(module, x, training): # outputs at the rows x of a network that never leaves [0, 1], else None
     trial, seen = copy.deepcopy(module), []
     for inputs in _probes(trial, x):
-        try: out = _tried(trial, inputs, training).float()
-        except Exception: continue # a network may refuse large inputs; what it does not answer says nothing
+        try:
+            out = _tried(trial, inputs, training).float()
+        except Exception:
+            continue # a network may refuse large inputs; what it does not answer says nothing
         if ((out < -1e-5) | (out > 1 + 1e-5)).any(): return None
-        if not out.isnan().all(): seen.append(out)
+        if not out.isnan().all():
+            seen.append(out)
     return seen[0] if len(seen) > 8 else None
 
 def check_logits(module: nn.Module, x # network on a CPU; (n, ...) some training inputs
@@ -781,7 +829,8 @@ def check_outputs(spec: TrainSpec, x # resolved; (n, ...) training inputs
                          'pass the Python module that it was made from')
     rows = torch.from_numpy(np.array(x[:2], np.float32))
     def fresh(): return copy.deepcopy(initial_module(spec.module, spec.random_state)).cpu()
-    for training in (False, True): _check_mode(spec, fresh(), rows, training)
+    for training in (False, True):
+        _check_mode(spec, fresh(), rows, training)
     _check_last_batch(spec, fresh(), x)
     check_logits(fresh(), x)
 
@@ -792,7 +841,8 @@ def stackable(spec: TrainSpec, x # resolved from stack='auto'; (n, ...) training
     if spec.stack == 1: return spec
     module = initial_module(spec.module, spec.random_state)
     rows = torch.from_numpy(np.array(x[:4], np.float32)).to(spec.device)
-    if isinstance(module, Frozen): module, rows = module.head, module.body.to(spec.device)(rows).detach()
+    if isinstance(module, Frozen):
+        module, rows = module.head, module.body.to(spec.device)(rows).detach()
     try:
         check_independence(module, rows)
         stack = Stack(module, 2, spec.device, folded=getattr(spec.dp, 'folded', False))
@@ -823,9 +873,11 @@ def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
     indices = [int(k) for k in indices]
     check_device(spec.device)
     check_outputs(spec, x)
-    if open_stack: spec = stackable(spec, x)
+    if open_stack:
+        spec = stackable(spec, x)
     groups = sorted({k // spec.stack for k in indices})
-    with one_thread(): parts = [train_group(spec, x, y, x_evals, g, keep_models) for g in groups]
+    with one_thread():
+        parts = [train_group(spec, x, y, x_evals, g, keep_models) for g in groups]
     out = _select(spec, parts, groups, indices)
     if 0 in indices and out['diverged'] == len(indices): raise ValueError(_diverged(spec, len(indices)))
     return out
@@ -880,7 +932,8 @@ def answer_groups(spec: TrainSpec, # resolved
         states = {k: torch.from_numpy(v) for k, v in group['models'].items()}
         module = initial_module(spec.module, spec.random_state, _starts_at(spec, models[0]))
         stack = load_state(Stack(trained_part(module), spec.stack, spec.device), states)
-        with one_thread(): yield _answers(spec, stack, models, group['hashes'], x)
+        with one_thread():
+            yield _answers(spec, stack, models, group['hashes'], x)
 
 # %% ../nbs/internals/training.ipynb #2c66b907
 def save_groups(path, done: dict, about: dict # plain values to keep beside the models
@@ -918,7 +971,8 @@ def fingerprint(spec: TrainSpec, x, y, x_evals: dict # as in `train_shard`
                ) -> str: # 64 hexadecimal digits
     "Hash of everything that a group's result depends on."
     digest = hashlib.sha256(repr((identity(spec), machine(spec))).encode() + x.tobytes() + y.tobytes())
-    for name, e in x_evals.items(): digest.update(name.encode() + e.tobytes())
+    for name, e in x_evals.items():
+        digest.update(name.encode() + e.tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/internals/training.ipynb #a1bd875f

@@ -108,8 +108,10 @@ def open_run(settings: dict, # plain values with kind, n_models, shard_size
     settings = plain(settings)
     check_sizes(settings)
     kind = kind_of(settings)
-    if 'train' not in settings: device = 'cpu'
-    elif device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if 'train' not in settings:
+        device = 'cpu'
+    elif device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         environment = plain(kind.environment(settings, device))
         key = {k: v for k, v in plain(kind.named(settings)).items() if k not in SIZES}
@@ -126,7 +128,8 @@ def _processor() -> str: # such as 'GenuineIntel, family 6, model 143, AVX512'
         first = Path('/proc/cpuinfo').read_text().split('\n\n')[0]
         said = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in first.splitlines())
         name = f"{said['vendor_id']}, family {said['cpu family']}, model {said['model']}"
-    except (OSError, ValueError, KeyError): name = platform.machine()
+    except (OSError, ValueError, KeyError):
+        name = platform.machine()
     return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 # %% ../nbs/internals/workers.ipynb #ae34b15b
@@ -141,7 +144,8 @@ def compute_shard(kind: Kind, # functions of the run
     if here != wanted:
         raise RuntimeError(f'this worker would compute something else: it has {here}, the run needs {wanted}')
     wall, used = time.perf_counter(), time.process_time()
-    with one_thread(): arrays = kind.shard(settings, models)
+    with one_thread():
+        arrays = kind.shard(settings, models)
     wall, used = time.perf_counter() - wall, time.process_time() - used
     machine = torch.cuda.get_device_name() if device == 'cuda' and torch.cuda.is_available() else _processor()
     return arrays, {'seconds': wall if device == 'cuda' else used, 'wall': wall, 'machine': machine,
@@ -200,11 +204,15 @@ def claim_jobs(todo: list, # pairs (run, models)
             if not deadline.allows(run, models): return
             mine = claim(run.path(models))
             claims[:] = [c for c in [*claims, mine] if c and c.held]
-            if mine is None: waiting.append((run, models))
-            elif shard_state(run, models) == 'finished': mine.release()
-            else: yield Job(run, models, mine)
+            if mine is None:
+                waiting.append((run, models))
+            elif shard_state(run, models) == 'finished':
+                mine.release()
+            else:
+                yield Job(run, models, mine)
         todo = waiting
-        if todo: yield None
+        if todo:
+            yield None
 
 # %% ../nbs/internals/workers.ipynb #2d8c54c4
 def _compute_here(jobs # of Job or None
@@ -214,7 +222,8 @@ def _compute_here(jobs # of Job or None
         if job is None:
             time.sleep(.2)
             continue
-        try: result = compute_shard(*job.call)
+        try:
+            result = compute_shard(*job.call)
         except BaseException:
             job.claim.release()
             raise
@@ -227,7 +236,8 @@ def _attempt(name: str, kind: Kind, settings: dict, models: range) -> tuple[dict
         if settings.get('device') == 'cuda':
             torch.cuda.set_device(worker_number() % torch.cuda.device_count())
         return compute_shard(kind, settings, models)
-    except Exception: raise RuntimeError(f'{name} failed:\n{traceback.format_exc()}') from None
+    except Exception:
+        raise RuntimeError(f'{name} failed:\n{traceback.format_exc()}') from None
 
 def compute_in_processes(jobs, # of Job or None
                          n_workers: int, # processes at most
@@ -238,7 +248,8 @@ def compute_in_processes(jobs, # of Job or None
     results = map_in_processes(_attempt, jobs, n_workers, lambda job: (job.name, *job.call),
                                lambda job: job.name, retries, deadline.left)
     with contextlib.closing(results):
-        for job, result in results: yield job, *result
+        for job, result in results:
+            yield job, *result
 
 # %% ../nbs/internals/workers.ipynb #60fedc9e
 def _client(address: str, patience: float):
@@ -246,7 +257,8 @@ def _client(address: str, patience: float):
     if importlib.util.find_spec('distributed') is None:
         raise ImportError('a scheduler needs Dask: pip install "rab-nb[cluster]"')
     from distributed import Client
-    try: return Client(address, timeout=patience, set_as_default=False)
+    try:
+        return Client(address, timeout=patience, set_as_default=False)
     except (OSError, TimeoutError) as e:
         raise ConnectionError(f'no Dask scheduler answered at {address} within {patience} s '
                               f'({type(e).__name__}): finished shards are safe, start one and run '
@@ -269,8 +281,10 @@ def _gather(client, jobs: list, retries: int, deadline: Deadline): # yields job,
         job = asked.pop(future)
         if future.status == 'error':
             raise RuntimeError(f'{job.name} failed on Dask: {future.exception()!r}') from future.exception()
-        try: result = future.result()
-        except FutureCancelledError: raise ConnectionError('it has forgotten its tasks') from None
+        try:
+            result = future.result()
+        except FutureCancelledError:
+            raise ConnectionError('it has forgotten its tasks') from None
         yield job, *result
 
 # %% ../nbs/internals/workers.ipynb #49186d52
@@ -293,7 +307,8 @@ def compute_on_cluster(jobs: list, # of Job
             if deadline.left() > 0:
                 warnings.warn(f'lost the scheduler at {address} ({e}): waiting for it with {len(left)} '
                               'shards to go', stacklevel=2)
-        finally: client.close(timeout=2)
+        finally:
+            client.close(timeout=2)
 
 # %% ../nbs/internals/workers.ipynb #5a7e0012
 def models_in(blocks: list, key: dict # of Block; of a run
@@ -309,7 +324,8 @@ def blocks_in_store(runs: list, before: list # of Run; of Block
         wanted = {k for models in written_shards(run) for k in models
                   if k < run.settings['n_models']} - models_in(before, run.key)
         first = next(contents(run, wanted), None) if wanted else None
-        if first: found += blocks_of(run, wanted, kind_of(run.settings).label(run.settings, first[1]))
+        if first:
+            found += blocks_of(run, wanted, kind_of(run.settings).label(run.settings, first[1]))
     return found
 
 def keep_blocks(path, runs: list # file of blocks; of Run
@@ -328,7 +344,8 @@ def _open_like(settings: dict, blocks: list, # of a run; of Block
     apart = lambda key: key | {'environment': key['environment'] | {'precision': None}}
     like = Counter()
     for b in blocks:
-        if apart(b.key) == apart(run.key): like[b.key['environment']['precision']] += b.n_models
+        if apart(b.key) == apart(run.key):
+            like[b.key['environment']['precision']] += b.n_models
     if not like or run.key['environment']['precision'] in like.most_common(1)[0]: return run
     return open_run(settings | {'train': settings['train'] | {'precision': like.most_common(1)[0][0]}}, store,
                     device)
@@ -341,7 +358,8 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 def _disk_error_with_advice(store: Path # root of the store
                            ):
     "Say what a full or read-only disk means for a run."
-    try: yield
+    try:
+        yield
     except OSError as e:
         if e.errno in _DISK_FULL:
             raise OSError(e.errno,
@@ -400,10 +418,12 @@ class _Kept:
         "A shard is written: after the last one of a hundred its models become a block."
         turn = job.run.id, job.models.start // _TURN
         self.left[turn] -= 1
-        if self.path and not self.left[turn]: keep_blocks(self.path, [job.run])
+        if self.path and not self.left[turn]:
+            keep_blocks(self.path, [job.run])
 
     def close(self) -> None:
-        if self.path: keep_blocks(self.path, self.runs)
+        if self.path:
+            keep_blocks(self.path, self.runs)
 
 def _work(todo: list, kept: _Kept, bar, deadline: Deadline, *how) -> None:
     "Compute shards and write them; whatever happens, finished ones become blocks."
@@ -417,7 +437,8 @@ def _work(todo: list, kept: _Kept, bar, deadline: Deadline, *how) -> None:
                 kept.finished(job)
     finally:
         for c in claims:
-            if c.held: c.release()
+            if c.held:
+                c.release()
         kept.close()
 
 # %% ../nbs/internals/workers.ipynb #5a7e0022
@@ -440,7 +461,8 @@ def run_all(settings: list, # of settings, each as in `run`
     with _disk_error_with_advice(store_root(store)), tqdm(total=total, initial=total - sum(map(len, lacking)),
                                                           unit='model',
                                             disable=not progress) as bar:
-        for r in {r.id: r for r, _ in todo}.values(): prepare(r)
+        for r in {r.id: r for r, _ in todo}.values():
+            prepare(r)
         _work(todo, _Kept(statistics and Path(statistics), runs, left), bar, Deadline(until), n_jobs,
               scheduler, retries)
         bar.update(bar.total - bar.n if until == math.inf else 0)

@@ -23,13 +23,17 @@ def test_only_the_head_of_lite0_is_trained(lite0):
 
 
 def test_lite0_has_the_weights_of_imagenet(lite0):
-    "Its own classifier, beyond the features, knows a photograph's objects: the flower of scikit-learn is no building."
+    """Its own classifier, beyond the features, knows a photograph's objects: the flower of scikit-learn is
+    no building."""
     from sklearn.datasets import load_sample_image
-    photo = torch.tensor(load_sample_image('flower.jpg')[100:324, 200:424] / 255, dtype=torch.float32).permute(2, 0, 1)[None]
+    photo = torch.tensor(
+        load_sample_image('flower.jpg')[100:324, 200:424] / 255, dtype=torch.float32
+    ).permute(2, 0, 1)[None]
     net = lite0.body.body.net
     with torch.no_grad():
         top = net((photo - .498) / .502)[0].topk(5).indices.tolist()
-    assert set(top) & {309, 323, 325, 985, 986, 945, 947, 990, 723, 738}, top  # bee, butterflies, daisies and their like
+    # bee, butterflies, daisies and their like
+    assert set(top) & {309, 323, 325, 985, 986, 945, 947, 990, 723, 738}, top
 
 
 def test_features_do_not_depend_on_the_company(lite0):
@@ -93,11 +97,16 @@ def _answers(make, x_test, **settings):
     from rab_nb.noise import GaussianNoise
     task = _task()
     how = dict(n_estimators=4, epochs=4, lr=.02, batch_size=32, precision='float32', n_jobs=1) | settings
-    return RABClassifier(make, GaussianNoise(.5), **how).fit(task.x_train, task.y_train).model_probabilities(x_test)
+    return (
+        RABClassifier(make, GaussianNoise(0.5), **how)
+        .fit(task.x_train, task.y_train)
+        .model_probabilities(x_test)
+    )
 
 
 def test_the_engine_trains_the_head_that_a_loop_would():
-    "Model 2, written out: noisy rows, features, Adam on the head, the answer at x + u; autograd and torch.optim only."
+    """Model 2, written out: noisy rows, features, Adam on the head, the answer at x + u; autograd and
+    torch.optim only."""
     from rab_nb.noise import GaussianNoise, generator, global_stream
     task, k = _task(), 2
     n = len(task.x_train)
@@ -115,7 +124,8 @@ def test_the_engine_trains_the_head_that_a_loop_would():
             nn.functional.binary_cross_entropy_with_logits(head(rows[batch])[:, 0], y[batch]).backward()
             adam.step()
     expected = torch.sigmoid(head(points))[:, 0].detach().numpy()
-    assert np.abs(_answers(_frozen, task.x_test)[k, :, 1] - expected).max() < 2e-3  # features have eleven bits
+    # features have eleven bits
+    assert np.abs(_answers(_frozen, task.x_test)[k, :, 1] - expected).max() < 2e-3
 
 
 def test_the_same_as_a_network_that_is_not_taken_apart():
@@ -130,14 +140,18 @@ def test_kept_features_change_no_bit(tmp_path, monkeypatch):
     monkeypatch.setenv('RAB_FEATURES', str(tmp_path))
     assert np.array_equal(_answers(_frozen, x), expected) and list(tmp_path.iterdir())
     assert np.array_equal(_answers(_frozen, x), expected)
-    assert np.array_equal(_answers(_frozen, x, stack=1), _answers(_frozen, x, stack=1, n_estimators=4, warm_start=True))
+    assert np.array_equal(
+        _answers(_frozen, x, stack=1), _answers(_frozen, x, stack=1, n_estimators=4, warm_start=True)
+    )
 
 
 def test_saved_heads_answer_alike(tmp_path):
     from rab_nb.ensemble import RABClassifier
     from rab_nb.noise import GaussianNoise
     task = _task()
-    clf = RABClassifier(_frozen, GaussianNoise(.5), n_estimators=3, epochs=1, batch_size=64).fit(task.x_train, task.y_train)
+    clf = RABClassifier(_frozen, GaussianNoise(0.5), n_estimators=3, epochs=1, batch_size=64).fit(
+        task.x_train, task.y_train
+    )
     clf.save(tmp_path / 'heads.safetensors')
     again = RABClassifier.load(tmp_path / 'heads.safetensors', _frozen)
     assert np.array_equal(again.model_probabilities(task.x_test), clf.model_probabilities(task.x_test))

@@ -18,9 +18,7 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'pool dp noise features inputs stacked chi bounds theory labels']
 WIDTH = 110  # columns of code
 NOT_YET = set('''
-    19_chi 22_knn 20_ensemble cli experiments pool profiles report stacked store tables training workers
-    bench_ensemble bench_knn dnn dp epochs knn labels starts
-    index certificate errata own_data own_model scaling'''.split())  # out with a notebook when it is done
+    19_chi 22_knn bench_ensemble bench_knn defences dp epochs knn labels which_noise'''.split())  # out with a notebook when it is done
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
@@ -109,7 +107,7 @@ def test_two_statements_on_a_line_are_seen():
                          ids=lambda path: path.stem)
 def test_lines_are_for_eyes(path):
     for source in cells(path):
-        assert not [line for line in source.splitlines() if len(line) > WIDTH]
+        assert not [line for line in source.splitlines() if len(line) > WIDTH and not line.startswith('#|')]
         assert not list(crowded(source)), source
 
 
