@@ -159,14 +159,16 @@ class GaussianNoise:
     def __post_init__(self): _set_scale(self, sigma=self.sigma)
 
     def sample(self, shape, # of the noise
-               generator: torch.Generator) -> torch.Tensor: # on the device where it draws
+               generator: torch.Generator # on the device of the noise
+              ) -> torch.Tensor: # float32
         "Noise of the given shape, float32, on the generator's device."
         return torch.randn(shape, generator=generator, device=generator.device).mul_(self.sigma)
 
     def radius(self, p_a, # lower bound of the winner's probability, in [0, 1], any shape
                p_b, # upper bound of the runner-up's probability, in [0, 1]
                log_q_a=None, # log(1 - p_a), where p_a rounds to 1
-               log_p_b=None) -> np.ndarray: # log(p_b), where p_b underflows
+               log_p_b=None # log(p_b), where p_b underflows
+              ) -> np.ndarray: # 0 where nothing is certified
         "Certified total l2 norm, (24)."
         return theory.gaussian_radius(p_a, p_b, self.sigma, log_q_a, log_p_b)
 
@@ -177,7 +179,8 @@ class GaussianNoise:
 
     def certifies(self, patterns, # poisoned rows x features, or one norm per row
                   p_a, # lower bound of the winner's probability, in [0, 1]
-                  p_b) -> np.ndarray: # upper bound of the runner-up's probability, in [0, 1]
+                  p_b # upper bound of the runner-up's probability, in [0, 1]
+                 ) -> np.ndarray: # booleans of p_a's shape
         "True where the patterns are inside the radius."
         return np.linalg.norm(np.ravel(patterns)) < self.radius(p_a, p_b)
 
@@ -200,7 +203,10 @@ class UniformNoise:
         unit = torch.rand(shape, generator=generator, device=generator.device)
         return unit.mul_(self.b - self.a).add_(self.a)
 
-    def radius(self, p_a, p_b, log_q_a=None, log_p_b=None, d=None, n_poisoned=None) -> np.ndarray:
+    def radius(self, p_a, p_b, log_q_a=None, log_p_b=None,
+               d=None, # entries of one input
+               n_poisoned=None # poisoned rows
+              ) -> np.ndarray:
         "Certified l-infinity norm of each of `n_poisoned` patterns with `d` entries, (30)."
         return _linf_radius(self, p_a, p_b, d, n_poisoned)
 
