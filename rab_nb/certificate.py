@@ -128,7 +128,7 @@ def as_labels(name: str, # what a message calls them
 def check_comparable(name: str, # what a message calls the first labels
                      labels: tuple, # what `as_labels` returned for them
                      other: str, # what a message calls the second labels
-                     others: tuple # what `as_labels` returned for them
+                     others: tuple # the same of these
                     ) -> None:
     "ValueError for labels of two kinds, which are never equal; True and False may meet 1 and 0."
     (a, kind_a), (b, kind_b) = labels, others

@@ -21,7 +21,7 @@ from .inputs import check_device, check_labels, check_rows, record_features, war
 from .noise import GaussianNoise, noise_from_repr
 from .pool import map_groups # this and the next four are asked for here as well
 from .training import gradient, loss_per_sample, resolved, train_shard
-from .training import (TrainSpec, answer_groups, check_outputs, check_scale, check_whole, fingerprint,
+from .training import (TrainSpec, answer_groups, check_network, check_scale, check_whole, fingerprint,
                              initial_module, load_groups, noise_size, plain_or_repr, save_groups, stackable,
                              trained_part,
                              train_groups, u_law)
@@ -195,7 +195,7 @@ def _checked(self, X, y, eval_sets): # as in `fit` -> spec, inputs, class number
     spec = _spec(self, x.shape)
     check_device(spec.device)
     check_scale(spec, x)
-    check_outputs(spec, x)
+    check_network(spec, x)
     warn_scale(x, noise_size(spec.noise), pixels=getattr(X, 'dtype', None) == np.uint8)
     return stackable(spec, x) if self.stack == 'auto' else spec, x, y, evals
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'MAX_SHARD_BYTES', 'MAX_SETTINGS_BYTES', 'SPAN', 'plain', 'canonical', 'run_id', 'check_sizes', 'n_shards',
            'without_defaults', 'as_ranges', 'numbers_in', 'portions', 'ShardError', 'pack', 'Claim', 'claim',
-           'store_root', 'Run', 'shard_state', 'written_shards', 'contents', 'read_settings', 'prepare', 'runs_in',
+           'store_root', 'Run', 'shard_state', 'written_shards', 'contents', 'read_settings', 'prepare_run', 'runs_in',
            'remove_run', 'Block', 'added_up', 'StatisticsError', 'merge_blocks', 'Label', 'blocks_of', 'statistics_of',
            'pack_blocks', 'read_blocks', 'update_blocks', 'add_blocks']
 
@@ -371,8 +371,8 @@ def _sweep(folder: Path # a run's folder
         if held:
             held.release()
 
-def prepare(run: Run # about to be computed
-           ) -> None:
+def prepare_run(run: Run # about to be computed
+               ) -> None:
     "Create the run's folder and its settings file."
     run.folder.mkdir(parents=True, exist_ok=True)
     _sweep(run.folder)

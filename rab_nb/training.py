@@ -6,7 +6,7 @@
 __all__ = ['ENGINE', 'WHOLE', 'TrainSpec', 'check_whole', 'initial_module', 'auto_stack', 'resolved', 'identity', 'plain_or_repr',
            'machine', 'to_rows', 'to_inputs', 'draw_noise', 'smoothed_rows', 'noisy_labels', 'group_bytes',
            'loss_per_sample', 'gradient', 'training_step', 'cuda_graph', 'exact_float32', 'trained_part', 'train',
-           'draw_u', 'u_law', 'train_group', 'check_logits', 'check_outputs', 'stackable', 'train_shard',
+           'draw_u', 'u_law', 'train_group', 'check_logits', 'check_network', 'stackable', 'train_shard',
            'train_groups', 'answer_groups', 'save_groups', 'load_groups', 'fingerprint', 'noise_size', 'check_scale']
 
 # %% ../nbs/internals/training.ipynb #7a100003
@@ -821,7 +821,7 @@ def check_logits(module: nn.Module, x # network on a CPU; (n, ...) some training
                          'are applied to them here: remove the last layer, or return what goes into it')
 
 # %% ../nbs/internals/training.ipynb #2e0a000d
-def check_outputs(spec: TrainSpec, x # resolved; (n, ...) training inputs
+def check_network(spec: TrainSpec, x # resolved; (n, ...) training inputs
                  ) -> None:
     "ValueError if the module does not map inputs to one logit, or one per class, in training and afterwards."
     if isinstance(initial_module(spec.module, spec.random_state), torch.jit.ScriptModule):
@@ -872,7 +872,7 @@ def train_shard(spec: TrainSpec, # 'auto' settings are resolved for this machine
     open_stack, spec = spec.stack == 'auto', resolved(spec, np.shape(x))
     indices = [int(k) for k in indices]
     check_device(spec.device)
-    check_outputs(spec, x)
+    check_network(spec, x)
     if open_stack:
         spec = stackable(spec, x)
     groups = sorted({k // spec.stack for k in indices})

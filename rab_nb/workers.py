@@ -34,7 +34,7 @@ from .noise import rng
 from .pool import map_in_processes, one_thread, worker_number
 from .store import (SIZES, Claim, Label, Run, blocks_of, check_sizes, claim, contents, as_ranges,
                           numbers_in, pack,
-                          plain, portions, prepare, read_blocks, shard_state, store_root, update_blocks,
+                          plain, portions, prepare_run, read_blocks, shard_state, store_root, update_blocks,
                           written_shards)
 
 # %% ../nbs/internals/workers.ipynb #1eee1c44
@@ -462,7 +462,7 @@ def run_all(settings: list, # of settings, each as in `run`
                                                           unit='model',
                                             disable=not progress) as bar:
         for r in {r.id: r for r, _ in todo}.values():
-            prepare(r)
+            prepare_run(r)
         _work(todo, _Kept(statistics and Path(statistics), runs, left), bar, Deadline(until), n_jobs,
               scheduler, retries)
         bar.update(bar.total - bar.n if until == math.inf else 0)

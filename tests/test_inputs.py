@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 from rab_nb import data
 from rab_nb.ensemble import LOOK, RABClassifier, warn_one_class
-from rab_nb.training import TrainSpec, check_logits, check_outputs, loss_per_sample, resolved, train_shard
+from rab_nb.training import TrainSpec, check_logits, check_network, loss_per_sample, resolved, train_shard
 from rab_nb.knn import SmoothedKNNClassifier
 from rab_nb.models import digits_cnn, mlp
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise
@@ -286,7 +286,7 @@ def test_a_network_that_works_on_channels_that_come_last_is_left_alone():
             super().__init__()
             self.net = conv()
         def forward(self, x): return self.net(x.permute(0, 3, 1, 2))
-    check_outputs(resolved(TrainSpec(Permuted, GaussianNoise(1.), device='cpu')), COLOUR)
+    check_network(resolved(TrainSpec(Permuted, GaussianNoise(1.), device='cpu')), COLOUR)
     assert flat.score(COLOUR, bright) > .9
 
 
@@ -691,14 +691,14 @@ def test_single_rows_that_do_no_harm():
     wide = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 1))
     for module in (wide, digits_cnn()):
         spec = TrainSpec(module, GaussianNoise(1.), batch_size=32, device='cpu')
-        check_outputs(resolved(spec), DIGITS[:97])
+        check_network(resolved(spec), DIGITS[:97])
 
 
 def test_trying_a_network_leaves_it_and_the_generator_alone():
     module = NORMED['1d']()
     module[2].register_buffer('calls', torch.zeros(()))
     before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.random.get_rng_state()
-    check_outputs(resolved(TrainSpec(module, GaussianNoise(1.), device='cpu')), DIGITS[:96])
+    check_network(resolved(TrainSpec(module, GaussianNoise(1.), device='cpu')), DIGITS[:96])
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()) and module.training
     assert torch.equal(torch.random.get_rng_state(), state)
 

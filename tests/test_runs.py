@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as budget, strategies as st
 
-from rab_nb import cli, experiments, store, workers
+from rab_nb import cli, experiments, profiles, store, workers
 from rab_nb.certificate import VoteStatistics, certify, certify_statistics
 from rab_nb.noise import GaussianNoise
 
@@ -169,7 +169,7 @@ def test_without_locks_the_first_file_stays(tmp_path, monkeypatch):
 
 def test_a_result_from_the_cluster_is_kept_while_another_client_holds_the_shard(tmp_path):
     asked = workers.open_run(DRILL, tmp_path)
-    store.prepare(asked)
+    store.prepare_run(asked)
     other = store.claim(asked.path(range(3)))
     workers.Job(asked, range(3)).finish({'probabilities': np.ones((3, 5, 2), np.float32)}, {})
     assert asked.read(range(3))[0]['probabilities'].shape == (3, 5, 2)
@@ -366,6 +366,55 @@ def test_rows_and_pairs(tmp_path, capsys):
     for option in ('--rows', '--pairs'):
         assert cli.main(['run', '--table', '1', option, '13']) == 2
         assert f'{option} must be in 1..' in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    "`rab-nb --help` answers at once: only the standard library is imported."
+    script = ('import sys\nfrom rab_nb.cli import main\ntry: main(["run", "--help"])\nexcept SystemExit: pass\n'
+              'heavy = {"numpy", "scipy", "torch", "sklearn", "pandas", "yaml", "tqdm"} & set(sys.modules)\n'
+              'assert not heavy, heavy')
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.returncode == 0 and '--time-limit' in done.stdout, done.stderr
+
+
+@pytest.fixture
+def own_profile(tmp_path):
+    "A profile whose Table 9 is about a file beside it."
+    import yaml
+    from sklearn.datasets import load_wine
+    table = load_wine(as_frame=True).frame.rename(columns=dict(target='label'))
+    (tmp_path / 'one').mkdir()
+    table.to_csv(tmp_path / 'one/wine.csv', index=False)
+    profile = yaml.safe_load((profiles.PROFILES / 'quick.yaml').read_text())
+    profile['data']['spambase'] = dict(path='wine.csv', pairs=[[0, 1]])
+    path = tmp_path / 'one/mine.yaml'
+    path.write_text(yaml.safe_dump(profile))
+    return path
+
+
+def test_a_file_of_ones_own_stands_behind_a_table(own_profile, tmp_path, monkeypatch):
+    "From whatever folder it is asked for; the run's name knows the file's name and content, not where it lies."
+    monkeypatch.chdir(tmp_path)
+    first = profiles.settings_for(9, own_profile)[0]
+    task = experiments.poisoned_task(first).clean
+    assert (task.name, task.classes, task.x_train.shape[1], task.stand_in_for) == ('wine', (0, 1), 13, None)
+    (own_profile.parent).rename(tmp_path / 'two')
+    moved = profiles.settings_for(9, tmp_path / 'two/mine.yaml')[0]
+    experiments._task.cache_clear(), experiments._poisoned.cache_clear(), experiments._cached_knn_environment.cache_clear()
+    again = workers.open_run(moved, tmp_path)
+    assert first['data'] != moved['data'] and again.key['data'] == dict(name='wine.csv', classes=[0, 1], random_state=0)
+    text = (tmp_path / 'two/wine.csv').read_text().replace('14.23', '14.24', 1)
+    (tmp_path / 'two/wine.csv').write_text(text)
+    experiments._task.cache_clear(), experiments._poisoned.cache_clear(), experiments._cached_knn_environment.cache_clear()
+    assert workers.open_run(moved, tmp_path).id != again.id
+
+
+@pytest.mark.parametrize('source', [dict(pairs=[[0, 1]]), dict(path='a.csv', name='mnist', pairs=[[0, 1]]), dict(path='a.csv'),
+                                    dict(path=3, pairs=[[0, 1]]), dict(path='a.csv', pairs=[[0, 1]], label='y')])
+def test_a_data_entry_names_one_source(source):
+    quick = {key: value for key, value in profiles.load_profile('quick').items() if key != 'profile'}
+    with pytest.raises(ValueError, match='data.spambase'):
+        profiles.check_profile(quick | dict(data=quick['data'] | dict(spambase=source)), 'mine.yaml')
 
 
 def test_a_run_in_progress_is_not_removed(tmp_path):
