@@ -27,7 +27,7 @@ from . import bounds
 from .certificate import Certificate, check_classes, rivals_upper, side_level
 from .ensemble import TrainSpec, answer_groups, check_outputs, map_groups, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded
-from .inputs import check_labels, check_rows, record_features
+from .inputs import check_labels, check_rows, record_features, to_array
 from .noise import GaussianNoise, rng, stream
 
 # %% ../nbs/25_defences.ipynb #25d00009
@@ -752,9 +752,19 @@ def _tried(candidate, x, y, points, truth, rows, norms): # -> shares, accuracy, 
     right = certificate.prediction == np.searchsorted(clf.classes_, truth)
     return certified_shares(certificate, right, rows, norms), right.mean(), seconds
 
+def _check_candidates(candidates):
+    "ValueError where they are no lists of classifiers with certificates."
+    lists = list(candidates.values()) if isinstance(candidates, dict) else []
+    if not lists or not all(isinstance(c, (list, tuple)) and c for c in lists):
+        raise ValueError(f'candidates must be a dict of names and lists of classifiers, got {candidates!r}')
+    for c in [c for settings in lists for c in settings]:
+        if isinstance(c, type) or not all(hasattr(c, k) for k in ('fit', 'certify', 'get_params')):
+            raise ValueError('candidates must hold classifiers with fit and certify, such as '
+                             f'PartitionClassifier(NearestCentroid(), 50), got {c!r}')
+
 def _attack_grid(rows, norms, n, scale): # checked, increasing
     rows = np.unique(np.geomspace(1, n, 25).astype(int)) if rows is None else np.unique(rows)
-    norms = scale * np.geomspace(1e-3, 10, 25) if norms is None else np.unique(np.asarray(norms, dtype=float))
+    norms = scale * np.geomspace(1e-3, 10, 25) if norms is None else np.unique(to_array(norms, 'norms'))
     if rows.dtype.kind not in 'iu' or not ((rows >= 1) & (rows <= n)).all():
         raise ValueError(f'n_rows must be whole numbers from 1 to the {n} training rows, got {rows}')
     if not ((norms > 0) & np.isfinite(norms)).all(): raise ValueError(f'norms must be > 0, got {norms}')
@@ -776,6 +786,7 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     For every attack each defence has the setting that certifies most of a fifth of the training rows, held
     out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for
     rows and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
+    for name, value in dict(max_points=max_points, n_models=n_models).items(): _whole(name, value, 1)
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
     y = np.asarray(y)
@@ -787,8 +798,7 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     if not np.isin(truth, classes).all(): raise ValueError('y_test holds labels that y does not')
     rows, norms = _attack_grid(n_rows, norms, len(x), data_scale(x.reshape(len(x), -1), at))
     if candidates is None: candidates = default_candidates(x, y, estimator, n_models, random_state, n_jobs)
-    if not candidates or not all(candidates.values()):
-        raise ValueError(f'candidates must name settings, got {candidates!r}')
+    _check_candidates(candidates)
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]
     held, test = some(held, 'compare-choice'), some(np.arange(len(points)), 'compare-points')

@@ -535,7 +535,8 @@ def test_comparison_of_own_data_with_names_and_a_split():
 
 
 @pytest.mark.parametrize('options, words', [(dict(n_rows=[0]), 'n_rows'), (dict(n_rows=[1000]), 'n_rows'), (dict(n_rows=[1.5]), 'n_rows'), (dict(norms=[-1.]), 'norms'),
-                                            (dict(candidates={}), 'candidates'), (dict(X_test=np.zeros((2, 3))), 'together'),
+                                            (dict(candidates={}), 'candidates'), (dict(candidates=dict(a=3)), 'lists of'), (dict(candidates=dict(a=[NearestCentroid()])), 'certify'),
+                                            (dict(norms=['a']), 'norms'), (dict(max_points=0), 'max_points'), (dict(n_models=-1), 'n_models'), (dict(random_state=None), 'seed'), (dict(X_test=np.zeros((2, 3))), 'together'),
                                             (dict(X_test=np.zeros((2, 3)), y_test=[0, 5]), 'y_test')])
 def test_comparison_refuses(options, words):
     with pytest.raises(ValueError, match=words): compare_defences(*moons(60), **options)
