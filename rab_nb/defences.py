@@ -27,7 +27,7 @@ from . import bounds
 from .certificate import Certificate, check_classes, rivals_upper, side_level
 from .ensemble import TrainSpec, answer_groups, check_outputs, map_groups, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded
-from .inputs import check_labels, check_rows, record_features
+from .inputs import check_labels, check_rows, record_features, to_array
 from .noise import GaussianNoise, rng, stream
 
 # %% ../nbs/25_defences.ipynb #25d00009
@@ -237,17 +237,26 @@ def _means(x, y, n_classes, rows, starts): # (n, d), (n,) positions; rows of all
     models = len(starts) - 1
     cell = np.repeat(np.arange(models), np.diff(starts)) * n_classes + y[rows]
     order, counts = np.argsort(cell, kind='stable'), np.bincount(cell, minlength=models * n_classes)
-    ones, ends = np.ones(len(rows), x.dtype), np.r_[0, np.cumsum(counts)]
-    sums = csr_array((ones, rows[order], ends), shape=(models * n_classes, len(x))) @ x
-    with np.errstate(divide='ignore', invalid='ignore'): means = sums / counts[:, None].astype(x.dtype)
+    ones, ends = np.ones(len(rows)), np.r_[0, np.cumsum(counts)]
+    sums = csr_array((ones, rows[order], ends), shape=(models * n_classes, len(x))) @ x.astype(np.float64)
+    with np.errstate(divide='ignore', invalid='ignore'): means = sums / counts[:, None]
     return means.reshape(models, n_classes, -1)
 
-def _mean_scores(means, x): # (M, C, d), (n, d) -> (n, M, C)
-    "Minus half the squared distances to the means, up to a constant for each point."
+def _mean_scores(means, x): # (M, C, d), (n, d) float64 -> (n, M, C)
+    "Minus half the squared distances to the means, up to a constant for each point and model."
     m, c, d = means.shape
     missing, means = np.isnan(means).any(2), np.nan_to_num(means)
-    scores = (x @ means.reshape(-1, d).T).reshape(len(x), m, c) - (means * means).sum(2) / 2
+    square = (means * means).sum(2)
+    scores = (x @ means.reshape(-1, d).T).reshape(len(x), m, c) - square / 2
     scores[:, missing] = -np.inf
+    error = 4 * (d + 8) * np.finfo(float).eps * ((x * x).sum(1)[:, None] + square.max(1))
+    with np.errstate(invalid='ignore'): gaps = np.diff(np.sort(scores, 2), axis=2)
+    close = (gaps <= error[..., None]).any(2)
+    pairs = np.argwhere(close)
+    for part in np.array_split(pairs, -(-len(pairs) * c * d // 2**23) or 1):
+        at, model = part.T
+        own = -((means[model] - x[at][:, None]) ** 2).sum(2) / 2
+        scores[at, model] = np.where(missing[model], -np.inf, own)
     return scores
 
 # %% ../nbs/25_defences.ipynb #25d0001d
@@ -303,6 +312,7 @@ def _all_scores(self, x, ranked=False): # checked inputs; yields (n, models of a
         for k, found in enumerate(self.models_): yield _network_answer(self.spec_, k, found, x, c)[:, None]
         return
     x = x.reshape(len(x), -1)
+    if not isinstance(self.models_, list): x = x.astype(np.float64)
     if isinstance(self.models_, list):
         for found in self.models_: yield _answer(found, x, c, ranked)[:, None]
         return
@@ -321,8 +331,21 @@ def _ballots(scores): # (n, M, C) -> (n, C) first choices, of models that have o
 
 def _cast(scores): return scores.max(2) > -np.inf # (n, M) whether the model votes
 
-class _Voting(ClassifierMixin, BaseEstimator):
-    "Fit, shares of the votes, and their winner."
+class _Answers(ClassifierMixin, BaseEstimator):
+    "Shares of the votes, and their winner."
+    def predict_proba(self, X) -> np.ndarray: # (n, C)
+        "Shares of the votes."
+        votes = self.votes(X)
+        return votes / votes.sum(1, keepdims=True)
+
+    def predict(self, X) -> np.ndarray: # (n,) labels
+        "The class with most votes, the first of those that are tied."
+        best = self.votes(X).argmax(1)
+        return self.classes_[best]
+
+# %% ../nbs/25_defences.ipynb #25d00039
+class _Voting(_Answers):
+    "Fit models to the rows that `_share_out` gives them, and count their votes."
     def fit(self, X, y): # (n, ...) inputs, (n,) labels
         "Train the models; ValueError for settings and data that cannot work."
         x = check_rows(self, X)
@@ -339,16 +362,6 @@ class _Voting(ClassifierMixin, BaseEstimator):
         "Number of models that answer each class."
         check_is_fitted(self, 'models_')
         return _votes(self, check_rows(self, X, fitted=True))
-
-    def predict_proba(self, X) -> np.ndarray: # (n, C)
-        "Shares of the votes."
-        votes = self.votes(X)
-        return votes / votes.sum(1, keepdims=True)
-
-    def predict(self, X) -> np.ndarray: # (n,) labels
-        "The class with most votes, the first of those that are tied."
-        best = self.votes(X).argmax(1)
-        return self.classes_[best]
 
 # %% ../nbs/25_defences.ipynb #25d00022
 def _digests(x, seed, by): # (n, d) -> (n, 2) uint64, a keyed hash of every row
@@ -546,7 +559,7 @@ def nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) floa
         yield first, near
 
 # %% ../nbs/25_defences.ipynb #25d0004b
-class PlainKNNClassifier(ClassifierMixin, BaseEstimator):
+class PlainKNNClassifier(_Answers):
     """K nearest neighbours without noise, certified in rows (Jia, Liu, Cao and Gong 2022, arXiv 2012.03765).
 
     Euclidean distances. The rows of an attack carry labels of `classes_`. ValueError for more neighbours than
@@ -572,15 +585,6 @@ class PlainKNNClassifier(ClassifierMixin, BaseEstimator):
         member = (self._y[:, None] == np.arange(len(self.classes_))).astype(np.float64)
         found = [near @ member for _, near in nearest_rows(x.reshape(len(x), -1), self._x, self.n_neighbors_)]
         return np.concatenate(found).astype(np.int64)
-
-    def predict_proba(self, X) -> np.ndarray: # (n, C)
-        "Shares of the votes."
-        return self.votes(X) / self.n_neighbors_
-
-    def predict(self, X) -> np.ndarray: # (n,) labels
-        "The class with most votes, the first of those that are tied."
-        best = self.votes(X).argmax(1)
-        return self.classes_[best]
 
     def certify(self, X) -> RowCertificate:
         "Certificates at X, in rows: without chance, for an attacker who knows everything."
@@ -659,7 +663,7 @@ class Comparison:
         "One row per defence and attack, as a pandas DataFrame."
         return _comparison_frame(self)
     def plot(self, attacks=(), least=.01, axes=None):
-        "The map: the defence that certifies most; `attacks`: (rows, norm) to mark, `least`: share that counts."
+        "The map: who certifies most; `attacks`: (rows, norm) to mark, `least`: the share that counts."
         return _plot_map(self, attacks, least, axes)
 
 # %% ../nbs/25_defences.ipynb #25d00060
@@ -748,9 +752,19 @@ def _tried(candidate, x, y, points, truth, rows, norms): # -> shares, accuracy, 
     right = certificate.prediction == np.searchsorted(clf.classes_, truth)
     return certified_shares(certificate, right, rows, norms), right.mean(), seconds
 
+def _check_candidates(candidates):
+    "ValueError where they are no lists of classifiers with certificates."
+    lists = list(candidates.values()) if isinstance(candidates, dict) else []
+    if not lists or not all(isinstance(c, (list, tuple)) and c for c in lists):
+        raise ValueError(f'candidates must be a dict of names and lists of classifiers, got {candidates!r}')
+    for c in [c for settings in lists for c in settings]:
+        if isinstance(c, type) or not all(hasattr(c, k) for k in ('fit', 'certify', 'get_params')):
+            raise ValueError('candidates must hold classifiers with fit and certify, such as '
+                             f'PartitionClassifier(NearestCentroid(), 50), got {c!r}')
+
 def _attack_grid(rows, norms, n, scale): # checked, increasing
     rows = np.unique(np.geomspace(1, n, 25).astype(int)) if rows is None else np.unique(rows)
-    norms = scale * np.geomspace(1e-3, 10, 25) if norms is None else np.unique(np.asarray(norms, dtype=float))
+    norms = scale * np.geomspace(1e-3, 10, 25) if norms is None else np.unique(to_array(norms, 'norms'))
     if rows.dtype.kind not in 'iu' or not ((rows >= 1) & (rows <= n)).all():
         raise ValueError(f'n_rows must be whole numbers from 1 to the {n} training rows, got {rows}')
     if not ((norms > 0) & np.isfinite(norms)).all(): raise ValueError(f'norms must be > 0, got {norms}')
@@ -772,6 +786,7 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     For every attack each defence has the setting that certifies most of a fifth of the training rows, held
     out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for
     rows and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
+    for name, value in dict(max_points=max_points, n_models=n_models).items(): _whole(name, value, 1)
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
     y = np.asarray(y)
@@ -783,8 +798,7 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     if not np.isin(truth, classes).all(): raise ValueError('y_test holds labels that y does not')
     rows, norms = _attack_grid(n_rows, norms, len(x), data_scale(x.reshape(len(x), -1), at))
     if candidates is None: candidates = default_candidates(x, y, estimator, n_models, random_state, n_jobs)
-    if not candidates or not all(candidates.values()):
-        raise ValueError(f'candidates must name settings, got {candidates!r}')
+    _check_candidates(candidates)
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]
     held, test = some(held, 'compare-choice'), some(np.arange(len(points)), 'compare-points')

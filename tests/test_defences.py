@@ -1,8 +1,6 @@
-"""Certificates in rows against real adversaries: every attack on tiny discrete domains, greedy ones on
-digits.
+"""Certificates in rows against real adversaries: every attack on tiny discrete domains, greedy ones on digits.
 
-Each certificate holds against all ways to change, insert, delete or relabel as many rows as its radius says,
-and is
+Each certificate holds against all ways to change, insert, delete or relabel as many rows as its radius says, and is
 broken just beyond where the bound is tight. Nothing here shares code with `rab_nb.defences`."""
 
 import itertools
@@ -90,8 +88,7 @@ def answers(clf, rows):
 
 
 def survey(clf, rows, attacks, covers, most=3):
-    """Asserts that no attack within a certificate changes the prediction; how many points are broken one row
-    further"""
+    "Asserts that no attack within a certificate changes the prediction; how many points are broken one row further"
     x, y = arrays(rows)
     certificate = clone(clf).fit(x, y).certify(POINTS)
     clean = np.array(certificate.labels.tolist())
@@ -137,8 +134,7 @@ def test_partitions_are_broken_just_beyond_the_radius():
 
 
 def test_relabelling_the_only_row_of_the_first_class():
-    """Parts without rows once answered the first class of the training set, and so the row that decides
-    which one that is"""
+    "Parts without rows once answered the first class of the training set, and so the row that decides which one that is"
     for seed in range(40):
         x, y = np.zeros((8, 1)), np.array([0] + 7 * [1])
         clf = parts(NearestCentroid(), 8, random_state=seed)
@@ -734,6 +730,12 @@ def test_comparison_of_own_data_with_names_and_a_split():
         (dict(n_rows=[1.5]), 'n_rows'),
         (dict(norms=[-1.0]), 'norms'),
         (dict(candidates={}), 'candidates'),
+        (dict(candidates=dict(a=3)), 'lists of'),
+        (dict(candidates=dict(a=[NearestCentroid()])), 'certify'),
+        (dict(norms=['a']), 'norms'),
+        (dict(max_points=0), 'max_points'),
+        (dict(n_models=-1), 'n_models'),
+        (dict(random_state=None), 'seed'),
         (dict(X_test=np.zeros((2, 3))), 'together'),
         (dict(X_test=np.zeros((2, 3)), y_test=[0, 5]), 'y_test'),
     ],
