@@ -1,12 +1,14 @@
 "Radii with wrong labels against 36 digits, enumeration, linear order of cells and a real adversary."
 import itertools
 import math
+import time
 
 import mpmath as mp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from rab_nb.labels import flip_law
 from rab_nb.theory import LevelSets, gaussian_radius, joint_norm, relabelled_radius, robustness_condition
 
 
@@ -168,3 +170,35 @@ def test_joint_norm(norms, sigma, test_norm, test_sigma):
 @pytest.mark.parametrize('arguments', [([1.], 1., .1), ([1.], 1., .1, 0.), ([-1.], 1.), ([1.], 0.), ([1.], 1., -1., 1.), ([float('nan')], 1.), ([1.], 1., 1., -1.)])
 def test_joint_norm_refuses(arguments):
     with pytest.raises(ValueError): joint_norm(*arguments)
+
+
+@pytest.mark.parametrize('n_classes', [2, 3, 10])
+def test_flip_ends_where_the_true_label_stops_being_the_likeliest(n_classes):
+    end = 1 - 1 / n_classes
+    for flip in (end, np.nextafter(end, 1), 1., 1.5, math.inf):
+        with pytest.raises(ValueError, match='flip'): relabelled_radius(.999, 1., flip, 1, n_classes)
+    assert relabelled_radius(.999, 1., end - 1e-6, 1, n_classes) > 3 # nothing to be seen of one wrong label
+
+
+def test_without_label_noise_no_wrong_label_is_covered():
+    got = relabelled_radius(.999, 1., 0., np.array([0, 1, 7]))
+    assert got[0] == gaussian_radius(.999, .001, 1.) and np.isnan(got[1:]).all()
+
+
+@pytest.mark.parametrize('flip, r', [(.3, 1), (.45, 100), (.475, 253), (.49, 1000)])
+@pytest.mark.parametrize('smallest', [1e-4, 1e-15])
+def test_ten_thousand_values_a_second(flip, r, smallest):
+    "Of processor time, tables of the labels included"
+    p_a = 1 - np.geomspace(smallest, .49, 10_000)
+    flip_law.cache_clear()
+    start = time.process_time()
+    radii = relabelled_radius(p_a, 1., flip, r)
+    assert time.process_time() - start < 1 and np.isfinite(radii).mean() > .5
+
+
+@pytest.mark.parametrize('flip', [.45, .4985, .499])
+def test_one_value_of_a_hundred_thousand_rows_within_a_second(flip):
+    flip_law.cache_clear()
+    start = time.process_time()
+    relabelled_radius(1., 1., flip, 100_000, log_q_a=-200., log_p_b=-200.)
+    assert time.process_time() - start < 1

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.base import clone
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import BaggingClassifier
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import make_pipeline, make_union
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -208,5 +209,55 @@ def test_what_was_fitted_before_is_warned_about():
     assert not any('fitted beforehand' in str(w.message) for w in caught)
 
 
+class Unseeded(DecisionTreeClassifier):
+    "Draws from a generator that nobody can set"
+    def fit(self, X, y):
+        rows = np.random.default_rng().choice(len(X), len(X) // 3)
+        return super().fit(X[rows], y[rows])
+
+
 def test_an_estimator_without_a_seed_is_allowed():
+    "Its draws are independent of the data, so certificates hold; its votes cannot be repeated"
+    one, two = (ensemble(Unseeded(), 40, label_noise=.1).fit(X, Y) for _ in range(2))
+    assert (one.model_probabilities(X) != two.model_probabilities(X)).any()
+    c = one.certify(X, .05)
+    assert c.label_noise == .1 and (c.prediction >= 0).mean() > .5
     assert ensemble(DummyClassifier(strategy='uniform'), 30).fit(X, Y).model_probabilities(X).shape == (30, 60, 2)
+
+
+class Remembers(StandardScaler):
+    seen = []
+    def fit(self, X, y=None, sample_weight=None):
+        Remembers.seen.append(np.array(X))
+        return super().fit(X)
+
+
+def test_preprocessing_sees_the_noisy_rows_of_its_own_model():
+    Remembers.seen.clear()
+    ensemble(make_pipeline(Remembers(), LinearSVC()), 3).fit(X, Y)
+    assert len(Remembers.seen) == 3
+    for a, b in ((0, 1), (1, 2), (0, 2)): assert (Remembers.seen[a] != Remembers.seen[b]).all()
+    for seen in Remembers.seen: assert .3 < (seen - X).std() < .7 # sigma is .5
+
+
+def quiet(base):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        ensemble(base, 2).fit(X, Y)
+    return not any('fitted beforehand' in str(w.message) for w in caught)
+
+
+def halved(x): return x / 2
+
+
+def test_constants_are_no_preprocessing_that_was_fitted():
+    assert quiet(make_pipeline(FunctionTransformer(halved), LinearSVC()))
+
+
+@pytest.mark.parametrize('wrap', [lambda f: make_pipeline(make_pipeline(f), LinearSVC()),
+                                  lambda f: make_pipeline(make_union(f, StandardScaler()), LinearSVC()),
+                                  lambda f: make_pipeline(make_column_transformer((f, [0, 1, 2])), LinearSVC()),
+                                  lambda f: BaggingClassifier(make_pipeline(f, LinearSVC()), 2)],
+                         ids=['pipeline', 'union', 'columns', 'bagging'])
+def test_what_was_fitted_before_is_found_in_depth(wrap):
+    assert not quiet(wrap(FrozenEstimator(StandardScaler().fit(X)))) and quiet(wrap(StandardScaler()))
