@@ -520,6 +520,24 @@ def _times(a, b, degree: int) -> np.ndarray: # pairs (2, m + 1, ...)
     out[1] += np.einsum('ki...,i...->k...', shifted[0], b[1, ::-1])
     return out
 
+# %% ../nbs/22_knn.ipynb #5c1f0a6b
+def _by_blocks(survival, inside, density, k: int, size: int = 16 # as in `_one_by_one`; points in a block
+              ) -> np.ndarray: # (2, k + 1, ...)
+    "The same as `_one_by_one` for many points, block by block."
+    missing = -len(survival) % size
+    def blocks(a, empty):
+        a = np.concatenate([a, np.full((missing, *a.shape[1:]), empty)])
+        return a.reshape(-1, size, *a.shape[1:]).swapaxes(0, 1)
+    pair = _one_by_one(blocks(survival, 1.), blocks(inside, 0.), blocks(density, 0.), min(k, size))
+    while pair.shape[2] > 1:
+        half = pair.shape[2]//2
+        both, left = _times(pair[:, :, :half], pair[:, :, half:2*half], k), pair[:, :, 2*half:]
+        pair = np.zeros((2, both.shape[1], half + left.shape[2], *both.shape[3:]))
+        pair[:, :, :half], pair[:, :left.shape[1], half:] = both, left
+    out = np.zeros((2, k + 1, *pair.shape[3:]))
+    out[:, :pair.shape[1]] = pair[:, :, 0]
+    return out
+
 # %% ../nbs/22_knn.ipynb #5c1f0a57
 def _rest(w, logs, binned: bool, last, k: int, R: int # as in `_power_sums`; nodes of bins, or points; neighbours, points treated one by one
          ) -> tuple: # pair (2, k + 1, G, J); bound on its error over `_rounding(R)`, alike; (G, J) relative error
@@ -544,7 +562,7 @@ def _votes(near, far, w, binned: bool, k: int # (3, G, R, J) logs of the nearest
           ) -> tuple: # (2, k + 1, G, J) V and D; (G, J) their relative error
     "Generating functions of a class, and what rounding and bins may have done to them."
     R = near.shape[2]
-    pair = _one_by_one(*(np.moveaxis(a, 1, 0) for a in _factors(near)), k)
+    pair = (_by_blocks if R > 32 else _one_by_one)(*(np.moveaxis(a, 1, 0) for a in _factors(near)), k)
     if far is None: return pair, np.full(pair.shape[2:], _rounding(R))
     with np.errstate(divide='ignore', over='ignore', invalid='ignore'):
         rest, bound, lost = _rest(w, far, binned, near[2, :, -1], k, R)
