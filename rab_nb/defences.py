@@ -55,13 +55,19 @@ class RowCertificate:
     def __len__(self): return len(self.prediction)
     def __eq__(self, other): return _same_rows(self, other)
     def __repr__(self): return f'RowCertificate({_summary(self)})'
-    def __getitem__(self, points): "The certificate of some points."; return _take(self, points)
+    def __getitem__(self, points):
+        "The certificate of some points."
+        return _take(self, points)
     labels = property(lambda self: _labels(self), doc='(n_points,), None where abstaining, or NaN for floats')
     def covers(self, n_rows, kind=None):
         "Points that tolerate so many poisoned rows of one of the `KINDS`; None: of those that cost 1."
         return _covers(self, n_rows, kind)
-    def explain(self, point=None): "What is certified, in words."; return _explain(self, point)
-    def to_frame(self, index=None): "One row per point, as a pandas DataFrame."; return _to_frame(self, index)
+    def explain(self, point=None):
+        "What is certified, in words."
+        return _explain(self, point)
+    def to_frame(self, index=None):
+        "One row per point, as a pandas DataFrame."
+        return _to_frame(self, index)
     def plot(self, y=None, ax=None):
         "Share of points certified, or right and certified where labels `y` are given, by number of rows."
         return _plot_rows(self, y, ax)
@@ -119,7 +125,8 @@ def _listed(words): return ' or '.join([', '.join(words[:-1]), words[-1]] if len
 def _statement(c):
     "What holds for every point."
     sure, chance = f'{100 * (1 - c.alpha):.6g} %', 'For certain'
-    if c.alpha: chance = f'With probability at least {sure} over bags that the attacker does not know'
+    if c.alpha:
+        chance = f'With probability at least {sure} over bags that the attacker does not know'
     kinds = _listed([k for k in KINDS if c.cost.get(k) == 1])
     text = (f'{chance}, the prediction on this fixed test input is the same as after training on the '
             f'unpoisoned rows, if no more rows than the radius were {kinds}, in any mixture and in any way, '
@@ -209,7 +216,8 @@ def _fit_rows(estimator, seed, k, x, y): # (m, d), (m,) class positions -> None,
     if not len(y): return None
     if (y == y[0]).all(): return int(y[0])
     present, local = np.unique(y, return_inverse=True)
-    try: return present, seeded(estimator, seed, k).fit(x, local)
+    try:
+        return present, seeded(estimator, seed, k).fit(x, local)
     except Exception as e:
         raise ValueError(f'model {k}, {estimator!r}, cannot be fitted to its {len(y)} rows: {e}') from e
 
@@ -226,9 +234,12 @@ def _ranking(model, x): # fitted; -> (n, classes that it knows)
 def _answer(found, x, n_classes, ranked): # from `_fit_rows`; (n, d) -> (n, C) scores
     scores = np.full((len(x), n_classes), -np.inf)
     if found is None: return scores
-    if isinstance(found, int): scores[:, found] = 0
-    elif ranked: scores[:, found[0]] = _ranking(found[1], x)
-    else: scores[np.arange(len(x)), found[0][found[1].predict(x)]] = 0
+    if isinstance(found, int):
+        scores[:, found] = 0
+    elif ranked:
+        scores[:, found[0]] = _ranking(found[1], x)
+    else:
+        scores[np.arange(len(x)), found[0][found[1].predict(x)]] = 0
     return scores
 
 # %% ../nbs/25_defences.ipynb #25d00019
@@ -239,7 +250,8 @@ def _means(x, y, n_classes, rows, starts): # (n, d), (n,) positions; rows of all
     order, counts = np.argsort(cell, kind='stable'), np.bincount(cell, minlength=models * n_classes)
     ones, ends = np.ones(len(rows)), np.r_[0, np.cumsum(counts)]
     sums = csr_array((ones, rows[order], ends), shape=(models * n_classes, len(x))) @ x.astype(np.float64)
-    with np.errstate(divide='ignore', invalid='ignore'): means = sums / counts[:, None]
+    with np.errstate(divide='ignore', invalid='ignore'):
+        means = sums / counts[:, None]
     return means.reshape(models, n_classes, -1)
 
 def _mean_scores(means, x): # (M, C, d), (n, d) float64 -> (n, M, C)
@@ -250,7 +262,8 @@ def _mean_scores(means, x): # (M, C, d), (n, d) float64 -> (n, M, C)
     scores = (x @ means.reshape(-1, d).T).reshape(len(x), m, c) - square / 2
     scores[:, missing] = -np.inf
     error = 4 * (d + 8) * np.finfo(float).eps * ((x * x).sum(1)[:, None] + square.max(1))
-    with np.errstate(invalid='ignore'): gaps = np.diff(np.sort(scores, 2), axis=2)
+    with np.errstate(invalid='ignore'):
+        gaps = np.diff(np.sort(scores, 2), axis=2)
     close = (gaps <= error[..., None]).any(2)
     pairs = np.argwhere(close)
     for part in np.array_split(pairs, -(-len(pairs) * c * d // 2**23) or 1):
@@ -294,7 +307,8 @@ def _fit_models(self, x, y, rows, starts): # sets models_: means, or a list
     self.spec_ = None
     if _is_network(self.estimator):
         self.spec_ = _network_spec(self, x.shape)
-        if len(self.classes_) > 1: check_outputs(self.spec_, x)
+        if len(self.classes_) > 1:
+            check_outputs(self.spec_, x)
         fit, y = partial(_fit_network, self.spec_), y.astype(np.int64)
     else:
         fit, x = partial(_fit_rows, self.estimator, self.random_state), x.reshape(len(x), -1)
@@ -309,20 +323,25 @@ def _fit_models(self, x, y, rows, starts): # sets models_: means, or a list
 def _all_scores(self, x, ranked=False): # checked inputs; yields (n, models of a block, C), in order
     c = len(self.classes_)
     if self.spec_:
-        for k, found in enumerate(self.models_): yield _network_answer(self.spec_, k, found, x, c)[:, None]
+        for k, found in enumerate(self.models_):
+            yield _network_answer(self.spec_, k, found, x, c)[:, None]
         return
     x = x.reshape(len(x), -1)
-    if not isinstance(self.models_, list): x = x.astype(np.float64)
+    if not isinstance(self.models_, list):
+        x = x.astype(np.float64)
     if isinstance(self.models_, list):
-        for found in self.models_: yield _answer(found, x, c, ranked)[:, None]
+        for found in self.models_:
+            yield _answer(found, x, c, ranked)[:, None]
         return
     size = max(1, 2**23 // (len(x) * c))
-    for k in range(0, len(self.models_), size): yield _mean_scores(self.models_[k:k + size], x)
+    for k in range(0, len(self.models_), size):
+        yield _mean_scores(self.models_[k:k + size], x)
 
 # %% ../nbs/25_defences.ipynb #25d00020
 def _votes(self, x): # checked inputs -> (n, C) number of models that answer each class
     total = np.zeros((len(x), len(self.classes_)), np.int64)
-    for scores in _all_scores(self, x): total += _ballots(scores)
+    for scores in _all_scores(self, x):
+        total += _ballots(scores)
     return total
 
 def _ballots(scores): # (n, M, C) -> (n, C) first choices, of models that have one
@@ -366,8 +385,10 @@ class _Voting(_Answers):
 # %% ../nbs/25_defences.ipynb #25d00022
 def _digests(x, seed, by): # (n, d) -> (n, 2) uint64, a keyed hash of every row
     key = stream(seed, 'partitions').to_bytes(8, 'little')
-    if by == 'position': parts = (i.to_bytes(8, 'little') for i in range(len(x)))
-    else: parts = (row.tobytes() for row in np.ascontiguousarray(x, dtype=np.float64) + 0.)
+    if by == 'position':
+        parts = (i.to_bytes(8, 'little') for i in range(len(x)))
+    else:
+        parts = (row.tobytes() for row in np.ascontiguousarray(x, dtype=np.float64) + 0.)
     text = b''.join(hashlib.blake2b(part, digest_size=16, key=key).digest() for part in parts)
     return np.frombuffer(text, '<u8').reshape(-1, 2)
 
@@ -478,7 +499,8 @@ class PartitionClassifier(_Partitions):
         "Certificates at X, in rows: without chance, for an attacker who knows everything."
         winner, radius = _elect(self, X)
         cost = dict(changed=1, relabelled=1)
-        if self.assign_by_ == 'content': cost = dict(inserted=1, deleted=1, relabelled=1, changed=2)
+        if self.assign_by_ == 'content':
+            cost = dict(inserted=1, deleted=1, relabelled=1, changed=2)
         return RowCertificate(prediction=winner, radius=radius, classes=self.classes_, voters='partitions',
                               cost=cost, n_voters=len(self.models_), n_train=self.n_train_)
 
@@ -611,7 +633,8 @@ def default_candidates(X, y, # (n, ...) inputs, (n,) labels
     n, c, base = len(x), len(classes), NearestCentroid() if estimator is None else estimator
     scale, common = data_scale(x, y), dict(random_state=random_state, n_jobs=n_jobs)
     parts = [(max(1, n // rows), 'majority') for rows in (4, 12, 50, 200)]
-    if c > 2 and hasattr(base, 'predict_proba'): parts.append((max(1, n // (10 * c)), 'run-off'))
+    if c > 2 and hasattr(base, 'predict_proba'):
+        parts.append((max(1, n // (10 * c)), 'run-off'))
     bags = sorted({min(size, n) for size in (10, 30, 100, 300)})
     near = sorted({max(1, min(n, n // part) - 1 + min(n, n // part) % 2) for part in (100, 20, 5, 2)})
     noise = [(scale * s, 0.) for s in (.1, .4, 1.6, 6.4)]
@@ -708,7 +731,8 @@ def _plot_map(c, attacks, least, axes):
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
-    if axes is None: _, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     colours = np.array([to_rgb(colour) for colour in _COLOURS])
     edges = lambda v: np.r_[v[0], np.sqrt(v[1:] * v[:-1]), v[-1]] if len(v) > 1 else np.r_[v[0] / 2, v[0] * 2]
     for k, ax in enumerate(axes):
@@ -716,7 +740,8 @@ def _plot_map(c, attacks, least, axes):
         weight = np.where(share < least, 0, .25 + .75 * share)[..., None]
         image = 1 - weight * (1 - colours[best % len(colours)])
         ax.pcolormesh(edges(c.rows.astype(float)), edges(c.norms), image.transpose(1, 0, 2), rasterized=True)
-        for n_rows, norm in attacks: ax.plot(n_rows, norm, 'o', mfc='w', mec='k', ms=5)
+        for n_rows, norm in attacks:
+            ax.plot(n_rows, norm, 'o', mfc='w', mec='k', ms=5)
         ax.set(xscale='log', yscale='log', xlabel=f'poisoned rows of {c.n_train}')
         ax.set_title(('labels untouched', 'labels of the poisoned rows changed too')[k], fontsize=9)
         ax.grid(False)
@@ -786,7 +811,8 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     For every attack each defence has the setting that certifies most of a fifth of the training rows, held
     out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for
     rows and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
-    for name, value in dict(max_points=max_points, n_models=n_models).items(): _whole(name, value, 1)
+    for name, value in dict(max_points=max_points, n_models=n_models).items():
+        _whole(name, value, 1)
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
     y = np.asarray(y)
@@ -797,7 +823,8 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     points, truth = check_rows(PlainKNNClassifier(), X_test), np.asarray(y_test)
     if not np.isin(truth, classes).all(): raise ValueError('y_test holds labels that y does not')
     rows, norms = _attack_grid(n_rows, norms, len(x), data_scale(x.reshape(len(x), -1), at))
-    if candidates is None: candidates = default_candidates(x, y, estimator, n_models, random_state, n_jobs)
+    if candidates is None:
+        candidates = default_candidates(x, y, estimator, n_models, random_state, n_jobs)
     _check_candidates(candidates)
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]

@@ -1,6 +1,8 @@
-"""Certificates in rows against real adversaries: every attack on tiny discrete domains, greedy ones on digits.
+"""Certificates in rows against real adversaries: every attack on tiny discrete domains, greedy ones on
+digits.
 
-Each certificate holds against all ways to change, insert, delete or relabel as many rows as its radius says, and is
+Each certificate holds against all ways to change, insert, delete or relabel as many rows as its radius says,
+and is
 broken just beyond where the bound is tight. Nothing here shares code with `rab_nb.defences`."""
 
 import itertools
@@ -88,7 +90,8 @@ def answers(clf, rows):
 
 
 def survey(clf, rows, attacks, covers, most=3):
-    "Asserts that no attack within a certificate changes the prediction; how many points are broken one row further"
+    """Asserts that no attack within a certificate changes the prediction; how many points are broken one row
+    further"""
     x, y = arrays(rows)
     certificate = clone(clf).fit(x, y).certify(POINTS)
     clean = np.array(certificate.labels.tolist())
@@ -134,7 +137,8 @@ def test_partitions_are_broken_just_beyond_the_radius():
 
 
 def test_relabelling_the_only_row_of_the_first_class():
-    "Parts without rows once answered the first class of the training set, and so the row that decides which one that is"
+    """Parts without rows once answered the first class of the training set, and so the row that decides
+    which one that is"""
     for seed in range(40):
         x, y = np.zeros((8, 1)), np.array([0] + 7 * [1])
         clf = parts(NearestCentroid(), 8, random_state=seed)

@@ -385,7 +385,10 @@ def test_after_the_first_step_a_gradient_that_is_not_finite_makes_its_model_nan(
     if engine == 'opacus': pytest.importorskip('opacus')
     x, y = (torch.from_numpy(t) for t in data)
     n = 1 if engine == 'opacus' else 3
-    stack, rows = Stack(digits_cnn(), n, folded=engine == 'ghost'), torch.stack([x[5 * m:5 * m + 5] for m in range(n)])
+    stack, rows = (
+        Stack(digits_cnn(), n, folded=engine == 'ghost'),
+        torch.stack([x[5 * m : 5 * m + 5] for m in range(n)]),
+    )
     def gradient():
         DPSGD(1., 0., engine).gradient(stack, rows, y[:5], loss_per_sample, [None] * n, 5, step=2)
         return torch.cat([w.grad.reshape(n, -1) for w in stack.weights.values()], 1)

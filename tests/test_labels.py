@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import time
 
 import mpmath as mp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rab_nb.labels import flip_law
 from rab_nb.theory import LevelSets, gaussian_radius, joint_norm, relabelled_radius, robustness_condition
 
 

@@ -18,7 +18,7 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'pool dp noise features inputs stacked chi bounds theory labels']
 WIDTH = 110  # columns of code
 NOT_YET = set('''
-    19_chi 22_knn bench_ensemble bench_knn defences dp epochs knn labels which_noise'''.split())  # out with a notebook when it is done
+    19_chi 22_knn bench_ensemble bench_knn defences dp epochs knn labels which_noise'''.split())  # out when it is done
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
