@@ -397,6 +397,7 @@ def certify_statistics(stats: VoteStatistics, # of all models
     settings = noise, alpha, bound, votes, classes
     return _certify(n, mean, sides, *settings, *together, radius_arguments, reach)
 
+# %% ../nbs/03_certificate.ipynb #c5110001
 def _statistics_sides(stats, bound, votes, level):
     """Lower and upper bounds of all classes from sums: diverged models answer 0 in the former and 1 in the
     latter."""

@@ -25,7 +25,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import bounds
 from .certificate import Certificate, check_classes, rivals_upper, side_level
-from .ensemble import TrainSpec, answer_groups, check_outputs, map_groups, resolved, train_group
+from .pool import map_groups
+from .training import TrainSpec, answer_groups, check_network, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded
 from .inputs import check_labels, check_rows, record_features, to_array
 from .noise import GaussianNoise, rng, stream
@@ -308,7 +309,7 @@ def _fit_models(self, x, y, rows, starts): # sets models_: means, or a list
     if _is_network(self.estimator):
         self.spec_ = _network_spec(self, x.shape)
         if len(self.classes_) > 1:
-            check_outputs(self.spec_, x)
+            check_network(self.spec_, x)
         fit, y = partial(_fit_network, self.spec_), y.astype(np.int64)
     else:
         fit, x = partial(_fit_rows, self.estimator, self.random_state), x.reshape(len(x), -1)

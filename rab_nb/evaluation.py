@@ -65,11 +65,15 @@ class CertifiedAccuracyScorer:
         "Share of the points that are right and certified at the radius."
         return float(certified_accuracy(certify_pipeline(estimator, X, **self.settings), y, self.radius))
 
+# %% ../nbs/26_evaluation.ipynb #26ea0036
+def _all_radii(certificate): # from 0 to just beyond the largest finite radius
+    finite = certificate.radius[np.isfinite(certificate.radius)]
+    return np.linspace(0, 1.05 * max(finite.max(initial=0), 1e-9), 200)
+
 # %% ../nbs/26_evaluation.ipynb #26ea0031
 @dataclass
 class CertifiedAccuracyDisplay:
-    """Certified accuracy over radii, in the manner of scikit-learn's displays; `plot` sets `ax_`, `figure_`,
-    `line_`."""
+    "Certified accuracy over radii, as scikit-learn's displays; `plot` sets `ax_`, `figure_`, `line_`."
     radii: np.ndarray # (R,) total norms
     accuracy: np.ndarray # (R,) shares in [0, 1]
     label: str = None # of the curve in the legend
@@ -81,12 +85,8 @@ class CertifiedAccuracyDisplay:
                          **line # of `Axes.plot`
                         ):
         "Draw the curve of a certificate; errors of `certified_accuracy`."
-        if radii is None:
-            finite = certificate.radius[np.isfinite(certificate.radius)]
-            radii = np.linspace(0, 1.05 * max(finite.max(initial=0), 1e-9), 200)
-        return cls(np.asarray(radii, float), certified_accuracy(certificate, y, radii), label).plot(
-            ax, **line
-        )
+        radii = np.asarray(_all_radii(certificate) if radii is None else radii, float)
+        return cls(radii, certified_accuracy(certificate, y, radii), label).plot(ax, **line)
 
     @classmethod
     def from_estimator(cls, estimator, X, y, # classifier or pipeline; (n, d) inputs, (n,) true labels
@@ -97,9 +97,8 @@ class CertifiedAccuracyDisplay:
         "Certify, then draw; errors of `certify_pipeline`."
         last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
         label = type(last).__name__ if label is None else label
-        return cls.from_certificate(
-            certify_pipeline(estimator, X, **settings or {}), y, radii, label, ax, **line
-        )
+        certificate = certify_pipeline(estimator, X, **settings or {})
+        return cls.from_certificate(certificate, y, radii, label, ax, **line)
 
     def plot(self, ax=None, **line): # axes, None: new ones; of `Axes.plot`
         "Draw into the axes; the display, with `ax_`, `figure_` and `line_`."
@@ -107,9 +106,7 @@ class CertifiedAccuracyDisplay:
         self.ax_ = gca() if ax is None else ax
         self.figure_ = self.ax_.figure
         [self.line_] = self.ax_.plot(self.radii, self.accuracy, **{'label': self.label, **line})
-        self.ax_.set(
-            xlabel='total norm of the poisoning patterns', ylabel='certified accuracy', ylim=(-0.02, 1.02)
-        )
+        self.ax_.set(xlabel='total norm of the poisoning patterns', ylabel='certified accuracy')
         if self.label:
             self.ax_.legend()
         return self
