@@ -25,7 +25,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from rab_nb import estimators
 from rab_nb.training import TrainSpec, noisy_labels
-from rab_nb.estimators import SmoothedEnsembleClassifier, _class_means, _seeded
+from rab_nb.estimators import SmoothedEnsembleClassifier, _class_means, seeded
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise
 
 REFUSED = {
@@ -89,7 +89,7 @@ def test_every_learner(base):
 
 def test_nested_seeds_come_from_the_stream():
     base = BaggingClassifier(DecisionTreeClassifier(splitter='random'), 3)
-    one, two, three = (_seeded(base, s, k) for s, k in ((0, 0), (0, 1), (0, 0)))
+    one, two, three = (seeded(base, s, k) for s, k in ((0, 0), (0, 1), (0, 0)))
     for name in ('random_state', 'estimator__random_state'):
         assert one.get_params()[name] == three.get_params()[name] != two.get_params()[name]
     assert len({one.get_params()[n] for n in ('random_state', 'estimator__random_state')}) == 2
@@ -140,7 +140,7 @@ def test_closed_form_only_where_it_holds():
         (NearestCentroid(priors='empirical'), GaussianNoise(1.0), False),
         (LinearSVC(), GaussianNoise(1.0), False),
     ]:
-        assert estimators._is_plain_centroid(base, noise) == closed
+        assert estimators.is_plain_centroid(base, noise) == closed
 
 
 def test_both_ways_agree_about_the_smoothed_classifier():
