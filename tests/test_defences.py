@@ -751,7 +751,7 @@ def test_comparison_refuses(options, words):
         compare_defences(*moons(60), n_row=[1])
 
 
-@pytest.mark.skipif(not data.locate('mnist.npz'), reason='needs mnist.npz in $RAB_DATA')
+@pytest.mark.skipif(not data._locate('mnist.npz'), reason='needs mnist.npz in $RAB_DATA')
 def test_mnist_is_certified_against_two_per_cent_of_any_rows():
     from rab_nb.attacks import OnePixel, poison
 
