@@ -709,6 +709,20 @@ def concatenate(cls: Certificate,
     joined = {k: np.concatenate([getattr(c, k) for c in batches]) for k in kept(batches[0])}
     return replace(batches[0], **joined)
 
+# %% ../nbs/03_certificate.ipynb #910c0002
+@patch
+def plot(self: Certificate,
+         ax=None, # axes to draw into; None: the current ones
+         **line # of `Axes.plot`
+        ): # the axes
+    "Draw the share of the points that are certified beyond each total norm."
+    from matplotlib.pyplot import gca
+    ax, finite = gca() if ax is None else ax, self.radius[np.isfinite(self.radius)]
+    norms = np.linspace(0, 1.05 * max(finite.max(initial=0), 1e-9), 200)
+    ax.plot(norms, ((self.radius > norms[:, None]) & (self.prediction >= 0)).mean(1), **line)
+    ax.set(xlabel='total norm of the poisoning patterns', ylabel='share of points certified')
+    return ax
+
 # %% ../nbs/03_certificate.ipynb #e77fff32
 def _columns(c):
     "Columns of a tidy table: arrays per point, evidence as constants."

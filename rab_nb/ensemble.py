@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .certificate import certify
 from .inputs import check_device, check_labels, check_rows, record_features, warn_scale
-from .noise import GaussianNoise, noise_from_repr
+from .noise import GaussianNoise, SearchableNoise, noise_from_repr
 from .pool import map_groups # this and the next four are asked for here as well
 from .training import gradient, loss_per_sample, resolved, train_shard
 from .training import (TrainSpec, answer_groups, check_network, check_scale, check_whole, fingerprint,
@@ -85,7 +85,7 @@ def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
                    radius=np.where(same, pick('radius'), 0.))
 
 # %% ../nbs/20_ensemble.ipynb #c73e0c1c
-class _Settings(BaseEstimator):
+class _Settings(SearchableNoise, BaseEstimator):
     def __init__(self, module, # function that makes a network, one for each model; or an nn.Module
                  noise, # smoothing noise, e.g. GaussianNoise(1.0)
                  n_estimators: int = 100, # N

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .ensemble import Voter
 from .inputs import check_labels, check_rows, record_features, warn_scale
-from .noise import GaussianNoise, generator, rng
+from .noise import GaussianNoise, SearchableNoise, generator, rng
 from .pool import map_groups
 from .training import TrainSpec, draw_noise, draw_u, noise_size, noisy_labels
 
@@ -125,7 +125,7 @@ def _check_estimator(estimator): # what is cloned
                       'certificates hold only if it was fitted on other data than the training rows')
 
 # %% ../nbs/24_estimators.ipynb #24e50012
-class _Settings(BaseEstimator):
+class _Settings(SearchableNoise, BaseEstimator):
     def __init__(self, estimator, # any scikit-learn classifier; it is cloned for every model
                  noise, # smoothing noise, e.g. GaussianNoise(1.0)
                  n_estimators: int = 100, # N
