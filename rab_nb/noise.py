@@ -302,5 +302,6 @@ class SearchableNoise:
         super().set_params(**params)
         if unknown := set(inner) - set(self.get_params()):
             raise ValueError(f'{self.noise!r} has no parameter {min(unknown).removeprefix("noise__")!r}')
-        if inner: self.noise = replace(self.noise, **{k.removeprefix('noise__'): v for k, v in inner.items()})
+        if inner:
+            self.noise = replace(self.noise, **{k.removeprefix('noise__'): v for k, v in inner.items()})
         return self
