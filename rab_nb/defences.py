@@ -752,6 +752,7 @@ def _tried(candidate, x, y, points, truth, rows, norms): # -> shares, accuracy, 
     right = certificate.prediction == np.searchsorted(clf.classes_, truth)
     return certified_shares(certificate, right, rows, norms), right.mean(), seconds
 
+# %% ../nbs/25_defences.ipynb #25d00062
 def _check_candidates(candidates):
     "ValueError where they are no lists of classifiers with certificates."
     lists = list(candidates.values()) if isinstance(candidates, dict) else []
