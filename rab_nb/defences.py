@@ -785,8 +785,8 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     """Certified accuracy of several certified defences over attacks of so many rows and such norms.
 
     For every attack each defence has the setting that certifies most of a fifth of the training rows, held
-    out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for
-    rows and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
+    out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for rows
+    and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
     for name, value in dict(max_points=max_points, n_models=n_models).items(): _whole(name, value, 1)
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
@@ -803,20 +803,27 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]
     held, test = some(held, 'compare-choice'), some(np.arange(len(points)), 'compare-points')
-    choosing, scoring = (x[inner], y[inner], x[held], y[held]), (x, y, points[test], truth[test])
-    found = {name: _choose(c, choosing, scoring, (rows, norms)) for name, c in candidates.items()}
+    alike = np.maximum(1, rows * len(inner) // len(x)) # the same share of the rows
+    choosing = x[inner], y[inner], x[held], y[held], np.r_[rows, alike], norms
+    scoring = x, y, points[test], truth[test], rows, norms
+    found = {name: _choose(settings, choosing, scoring) for name, settings in candidates.items()}
     accuracy, choice, clean, seconds = ({name: f[i] for name, f in found.items()} for i in range(4))
     return Comparison(rows, norms, candidates, accuracy, choice, clean, seconds, len(x))
 
 # %% ../nbs/25_defences.ipynb #25d00061
-def _choose(settings, choosing, scoring, grid): # data to choose and to score on, see `_tried`; the attacks
+def _preferred(shares, *others): # (2, 2 R, M), for the attack, and for the same share of the rows
+    "What decides: certified accuracy against the attack, or, of settings alike in this, against the other."
+    exact, alike = np.split(shares, 2, axis=1)
+    return exact + alike / 1e6
+
+def _choose(settings, choosing, scoring): # data and attacks to choose and to score on, see `_tried`
     "Shares (2, R, M) of the setting chosen for each attack; the choice; accuracy and seconds of all."
     only = len(settings) == 1 # nothing to choose
-    none = np.zeros((2, *map(len, grid)))
-    shares = np.stack([none if only else _tried(s, *choosing, *grid)[0] for s in settings])
+    none = np.zeros((2, len(scoring[-2]), len(scoring[-1])))
+    shares = none[None] if only else np.stack([_preferred(*_tried(s, *choosing)) for s in settings])
     choice = shares.argmax(0)
     out, clean, seconds = none, np.full(len(settings), np.nan), np.full((len(settings), 2), np.nan)
     for i in np.unique(choice):
-        share, clean[i], seconds[i] = _tried(settings[i], *scoring, *grid)
+        share, clean[i], seconds[i] = _tried(settings[i], *scoring)
         out = np.where(choice == i, share, out)
     return out, choice, clean, seconds
