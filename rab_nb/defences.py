@@ -9,10 +9,9 @@ __all__ = ['KINDS', 'RowCertificate', 'vote_radius', 'assign_rows', 'run_off_rad
 
 # %% ../nbs/25_defences.ipynb #25d00002
 import hashlib
-import operator
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +23,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.utils.validation import check_is_fitted
 
 from . import bounds
-from .certificate import Certificate, check_classes, rivals_upper, side_level
+from .certificate import check_classes, rivals_upper, side_level
 from .pool import map_groups
 from .training import TrainSpec, answer_groups, check_network, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded
@@ -36,6 +35,7 @@ KINDS = 'changed', 'relabelled', 'inserted', 'deleted'
 _VOTERS = dict(partitions='models of disjoint partitions', bags='models of random bags',
                neighbours='nearest rows')
 
+# %% ../nbs/25_defences.ipynb #25de0001
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RowCertificate:
     """Predictions, and the number of training rows that may be poisoned without having altered them.
@@ -321,6 +321,7 @@ def _fit_models(self, x, y, rows, starts): # sets models_: means, or a list
     done = dict(map_groups(partial(_fit_group, fit, x, y, rows, starts), groups, jobs))
     self.models_ = [found for g in groups for found in done[g]]
 
+# %% ../nbs/25_defences.ipynb #25de0002
 def _all_scores(self, x, ranked=False): # checked inputs; yields (n, models of a block, C), in order
     c = len(self.classes_)
     if self.spec_:
@@ -778,6 +779,7 @@ def _tried(candidate, x, y, points, truth, rows, norms): # -> shares, accuracy, 
     right = certificate.prediction == np.searchsorted(clf.classes_, truth)
     return certified_shares(certificate, right, rows, norms), right.mean(), seconds
 
+# %% ../nbs/25_defences.ipynb #25d00062
 def _check_candidates(candidates):
     "ValueError where they are no lists of classifiers with certificates."
     lists = list(candidates.values()) if isinstance(candidates, dict) else []
@@ -810,8 +812,8 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     """Certified accuracy of several certified defences over attacks of so many rows and such norms.
 
     For every attack each defence has the setting that certifies most of a fifth of the training rows, held
-    out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for
-    rows and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
+    out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for rows
+    and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
     for name, value in dict(max_points=max_points, n_models=n_models).items():
         _whole(name, value, 1)
     x = check_rows(PlainKNNClassifier(), X)
@@ -830,20 +832,27 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]
     held, test = some(held, 'compare-choice'), some(np.arange(len(points)), 'compare-points')
-    choosing, scoring = (x[inner], y[inner], x[held], y[held]), (x, y, points[test], truth[test])
-    found = {name: _choose(c, choosing, scoring, (rows, norms)) for name, c in candidates.items()}
+    alike = np.maximum(1, rows * len(inner) // len(x)) # the same share of the rows
+    choosing = x[inner], y[inner], x[held], y[held], np.r_[rows, alike], norms
+    scoring = x, y, points[test], truth[test], rows, norms
+    found = {name: _choose(settings, choosing, scoring) for name, settings in candidates.items()}
     accuracy, choice, clean, seconds = ({name: f[i] for name, f in found.items()} for i in range(4))
     return Comparison(rows, norms, candidates, accuracy, choice, clean, seconds, len(x))
 
 # %% ../nbs/25_defences.ipynb #25d00061
-def _choose(settings, choosing, scoring, grid): # data to choose and to score on, see `_tried`; the attacks
+def _preferred(shares, *others): # (2, 2 R, M), for the attack, and for the same share of the rows
+    "What decides: certified accuracy against the attack, or, of settings alike in this, against the other."
+    exact, alike = np.split(shares, 2, axis=1)
+    return exact + alike / 1e6
+
+def _choose(settings, choosing, scoring): # data and attacks to choose and to score on, see `_tried`
     "Shares (2, R, M) of the setting chosen for each attack; the choice; accuracy and seconds of all."
     only = len(settings) == 1 # nothing to choose
-    none = np.zeros((2, *map(len, grid)))
-    shares = np.stack([none if only else _tried(s, *choosing, *grid)[0] for s in settings])
+    none = np.zeros((2, len(scoring[-2]), len(scoring[-1])))
+    shares = none[None] if only else np.stack([_preferred(*_tried(s, *choosing)) for s in settings])
     choice = shares.argmax(0)
     out, clean, seconds = none, np.full(len(settings), np.nan), np.full((len(settings), 2), np.nan)
     for i in np.unique(choice):
-        share, clean[i], seconds[i] = _tried(settings[i], *scoring, *grid)
+        share, clean[i], seconds[i] = _tried(settings[i], *scoring)
         out = np.where(choice == i, share, out)
     return out, choice, clean, seconds
