@@ -71,6 +71,7 @@ test-faults: $(READY) ## kill workers, corrupt files, fill disks: every run must
 
 check: $(READY) ## notebooks clean, modules and README in step with them
 	rm -f rab_nb/*.py && nbdev_export && nbdev_clean && $(MAKE) -s readme
+	ruff check
 	@test -z "$$(git status --porcelain rab_nb nbs README.md)" || { git status --porcelain rab_nb nbs README.md; \
 	  echo 'notebooks, modules or README differ from what is committed: run `make export readme`, then commit' >&2; exit 1; }
 

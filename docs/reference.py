@@ -50,6 +50,12 @@ def unparse(node):
     return '' if node is None else ast.unparse(node)
 
 
+def patched(node):
+    "Name of the class that a function becomes a method of: `@patch def f(self: Class)`; '' without `patch`."
+    marks = {unparse(mark) for mark in node.decorator_list}
+    return unparse(node.args.args[0].annotation) if 'patch' in marks else ''
+
+
 def annotation(node):
     "A type, without the quotes of a forward reference."
     return re.sub(r"'([\w.]+)'", r'\1', unparse(node))
@@ -62,7 +68,9 @@ class Module:
         self.name, self.source = path.stem, path.read_text()
         self.lines, self.tree = self.source.split('\n'), ast.parse(self.source)
         self.comments = comments_by_line(self.source)
-        self.nodes = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        named = [node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        self.nodes = {node.name: node for node in named if not patched(node)}
+        self.patches = [node for node in named if patched(node)]
 
     @property
     def doc(self): return ast.get_docstring(self.tree) or ''
@@ -120,7 +128,9 @@ class Module:
         return out + ([make(args.kwarg, star='**')] if args.kwarg else [])
 
     def class_member(self, node):
-        methods = [item for item in node.body if isinstance(item, ast.FunctionDef) and not item.name.startswith('_')]
+        own = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        own += [item for item in self.patches if patched(item) == node.name]
+        methods = [item for item in own if not item.name.startswith('_')]
         start = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == '__init__']
         fixed = [Member('attribute', unparse(item.targets[0]), self.comment(item), code=unparse(item.value)) for item in node.body
                  if isinstance(item, ast.Assign) and not unparse(item.targets[0]).startswith('_')]

@@ -66,9 +66,12 @@ def prediction_accuracy(prediction, # a Certificate, or (n_points,) labels with 
 # %% ../nbs/04_metrics.ipynb #eba401a6
 def _above(certificate, r):
     "Which radii exceed each r: r.shape + (n_points,)."
-    radius, r = np.asarray(getattr(certificate, 'radius', certificate), dtype=float), np.asarray(r, dtype=float)
-    if radius.ndim != 1 or not len(radius): raise ValueError(f'radii must be an array (n_points,) of length >= 1, got shape {radius.shape}')
-    if np.isnan(radius).any(): raise ValueError('radii are NaN: under uniform noise they need certify(..., d=..., n_poisoned=...)')
+    radius = np.asarray(getattr(certificate, 'radius', certificate), dtype=float)
+    r = np.asarray(r, dtype=float)
+    if radius.ndim != 1 or not len(radius):
+        raise ValueError(f'radii must be an array (n_points,) of length >= 1, got shape {radius.shape}')
+    if np.isnan(radius).any():
+        raise ValueError('radii are NaN: under uniform noise they need certify(..., d=..., n_poisoned=...)')
     if not (r >= 0).all(): raise ValueError(f'r must be >= 0, got {r}')
     return radius > r[..., None]
 

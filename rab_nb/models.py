@@ -30,7 +30,8 @@ def mnist_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of c
 
 # %% ../nbs/12_models.ipynb #2e29e579
 def digits_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
-               n_channels: int = 1, width: int = 16, # channels of the first convolution
+               n_channels: int = 1, # of the input
+               width: int = 16, # channels of the first convolution
                size: int = 8 # pixels a side, a multiple of 4
               ) -> nn.Module: # (B, n_channels, size, size) -> (B, n_outputs)
     "Windows that cut the image into 4x4 tiles, then 2x2 windows over the tiles."
@@ -65,21 +66,27 @@ def _norm(kind, channels):
 
 class PreActBlock(nn.Module):
     "x + conv(relu(norm(conv(relu(norm(x)))))), with a 1x1 convolution on x where the shape changes."
-    def __init__(self, n_in, n_out, stride=1, norm='batch'):
+    def __init__(self, n_in, # channels of the input
+                 n_out, # channels of the output
+                 stride=1, # 2 halves the resolution
+                 norm='batch'): # 'batch', or 'group' for DP-SGD
         super().__init__()
         self.norm1, self.conv1 = _norm(norm, n_in), nn.Conv2d(n_in, n_out, 3, stride, 1)
         self.norm2, self.conv2 = _norm(norm, n_out), nn.Conv2d(n_out, n_out, 3, 1, 1)
         same = stride == 1 and n_in == n_out
-        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride), _norm(norm, n_out))
+        self.skip = nn.Identity()
+        if not same:
+            self.skip = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride), _norm(norm, n_out))
 
-    def forward(self, x):
+    def forward(self, x): # (B, n_in, h, w)
+        "(B, n_out, h / stride, w / stride)."
         out = self.conv1(self.norm1(x).relu())
         return self.conv2(self.norm2(out).relu()) + self.skip(x)
 
 # %% ../nbs/12_models.ipynb #db4ab2ee
 def preact_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
                   n_blocks: int = 5, # residual blocks per stage
-                  widths: tuple = (16, 32, 64), # channels of each stage; every later stage halves the resolution
+                  widths: tuple = (16, 32, 64), # channels of each stage; each later one halves the resolution
                   norm: str = 'batch', # 'batch', or 'group' for DP-SGD
                   stem_stride: int = 1 # 2 halves the resolution at once, at a quarter of the cost
                  ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs)
@@ -89,19 +96,20 @@ def preact_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number 
         for j in range(n_blocks):
             layers.append(PreActBlock(n_in, n_out, 2 if i and not j else 1, norm))
             n_in = n_out
-    return nn.Sequential(*layers, _norm(norm, n_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_outputs))
+    return nn.Sequential(*layers, _norm(norm, n_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(n_in, n_outputs))
 
 # %% ../nbs/12_models.ipynb #06016b82
 def small_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
                  stem_stride: int = 2, # 2 for 32 x 32 images, 4 for 64 x 64
                  norm: str = 'batch' # 'batch', or 'group' for DP-SGD
                 ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs)
-    "One pre-activation block per stage after a strided stem: the CIFAR network's cheap relative for runs on a CPU."
+    "One pre-activation block per stage after a strided stem: the CIFAR network's relative for runs on a CPU."
     return preact_resnet(n_outputs, n_blocks=1, norm=norm, stem_stride=stem_stride)
 
 # %% ../nbs/12_models.ipynb #9db321b2
 def resnet18(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
-             weights=None, # None: random; a path: state dict of torchvision's resnet18, read with weights_only=True
+             weights=None, # None: random; a path: state dict of torchvision's resnet18
              norm: str = 'batch' # 'batch', or 'group' for DP-SGD
             ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs), built for 224 x 224
     "torchvision's ResNet-18 with one extra linear layer on its 1000 logits: the paper's ImageNet network."

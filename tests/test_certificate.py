@@ -103,7 +103,8 @@ def test_only_the_corrected_certificates_of_a_tie_are_rare_enough(simultaneous, 
     alpha, n, draws = .05, 1001, DRAWS
     ones = rng(0, 'tie').binomial(n, .5, draws)
     counts = np.stack([n - ones, ones], 1)
-    cert = certify_statistics(VoteStatistics(n, counts/n, counts/n, counts), GaussianNoise(1.), alpha, 'clopper_pearson', 'hard', simultaneous)
+    cert = certify_statistics(VoteStatistics(n, counts/n, counts/n, counts), GaussianNoise(1.), alpha,
+                              'clopper_pearson', 'hard', simultaneous)
     assert ((1 - abstention_rate(cert)) <= allowed(alpha)) == kept
 
 
@@ -115,7 +116,8 @@ def test_familywise_holds_for_all_points_together():
     for row in ones:
         counts = np.stack([n - row, row], 1)
         for familywise in any_false:
-            cert = certify_statistics(VoteStatistics(n, counts/n, counts/n, counts), GaussianNoise(1.), alpha, 'clopper_pearson', 'hard', familywise=familywise)
+            cert = certify_statistics(VoteStatistics(n, counts/n, counts/n, counts), GaussianNoise(1.), alpha,
+                                      'clopper_pearson', 'hard', familywise=familywise)
             any_false[familywise] += (cert.prediction >= 0).any()
     assert any_false[True]/draws <= alpha + 4*np.sqrt(alpha*(1 - alpha)/draws)
     assert any_false[False]/draws > .4
@@ -123,7 +125,8 @@ def test_familywise_holds_for_all_points_together():
 
 @pytest.mark.parametrize('bound', bounds.BOUNDS)
 def test_certified_radius_stays_below_the_true_one(bound):
-    "A half-space of the noise is the worst classifier of Proposition 2: its vote flips at a known total norm."
+    """A half-space of the noise is the worst classifier of Proposition 2: its vote flips at a known total
+    norm."""
     sigma, flip, alpha, n, draws = .5, .45, .05, 200, 5000
     votes = (rng(0, 'half-space').normal(0, sigma, (n, draws)) < flip).astype(float)
     cert = certify(np.stack([1 - votes, votes], -1), GaussianNoise(sigma), alpha, bound, 'hard')
@@ -165,9 +168,11 @@ def test_shards_add_up(seed, n_classes, cut):
     "Certificates from merged shards are those from all outputs at once, and the order of models is free."
     p = np.random.default_rng(seed).dirichlet(np.ones(n_classes), (40, 6)).astype(np.float32)
     shuffled = p[np.random.default_rng(seed + 1).permutation(40)]
-    parts = VoteStatistics.from_probabilities(shuffled[:cut]).merge(VoteStatistics.from_probabilities(shuffled[cut:]))
+    parts = VoteStatistics.from_probabilities(shuffled[:cut]).merge(
+        VoteStatistics.from_probabilities(shuffled[cut:]))
     for bound, votes in (('hoeffding', 'soft'), ('empirical_bernstein', 'hard'), ('clopper_pearson', 'hard')):
-        whole, merged = certify(p, GaussianNoise(1.), .5, bound, votes), certify_statistics(parts, GaussianNoise(1.), .5, bound, votes)
+        whole, merged = certify(p, GaussianNoise(1.), .5, bound,
+                                votes), certify_statistics(parts, GaussianNoise(1.), .5, bound, votes)
         np.testing.assert_array_equal(whole.prediction, merged.prediction)
         np.testing.assert_allclose(whole.radius, merged.radius, atol=1e-9)
 
@@ -182,12 +187,17 @@ def test_models_needed_is_the_least_number():
 def test_errors_name_the_value_and_the_remedy():
     p = np.tile([[.1, .9]], (50, 1, 1))
     noise = GaussianNoise(1.)
-    for change, words in ((dict(alpha=1.), '1.0'), (dict(alpha=float('nan')), 'nan'), (dict(bound='wald'), 'hoeffding'), (dict(votes='loud'), 'hard'),
-                          (dict(alpha=1e-30), 'models are needed'), (dict(bound='clopper_pearson'), "votes='hard'")):
-        with pytest.raises(ValueError, match=words): certify(p, noise, **change)
-    for bad, words in ((p[:1], 'models are needed'), (p*1.05, 'sum to 1.05'), (p[0], r'\(1, 2\)'), (p[..., :1], r'\(50, 1, 1\)'), (p[:, :0], r'\(50, 0, 2\)'),
+    for change, words in ((dict(alpha=1.), '1.0'), (dict(alpha=float('nan')), 'nan'),
+                          (dict(bound='wald'), 'hoeffding'), (dict(votes='loud'), 'hard'),
+                          (dict(alpha=1e-30), 'models are needed'),
+                          (dict(bound='clopper_pearson'), "votes='hard'")):
+        with pytest.raises(ValueError, match=words):
+            certify(p, noise, **change)
+    for bad, words in ((p[:1], 'models are needed'), (p*1.05, 'sum to 1.05'), (p[0], r'\(1, 2\)'),
+                       (p[..., :1], r'\(50, 1, 1\)'), (p[:, :0], r'\(50, 0, 2\)'),
                        (np.where(p == .9, np.nan, p), 'nan'), (p*10, '9.0'), (p - .5, '-0.4')):
-        with pytest.raises(ValueError, match=words): certify(bad, noise)
+        with pytest.raises(ValueError, match=words):
+            certify(bad, noise)
 
 
 def test_a_zero_radius_and_a_tie():
@@ -228,11 +238,16 @@ def certificates(draw):
     radius = np.where((prediction >= 0) & (p_a > p_b), column(st.just(np.nan) if unknown else size), 0)
     return Certificate(classes=classes, prediction=prediction, radius=radius, p_a=p_a, p_b=p_b, noise=noise,
                        radius_arguments=arguments,
-                       log_q_a=column(log) if draw(st.booleans()) else None, log_p_b=column(log) if draw(st.booleans()) else None,
-                       alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])), votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
-                       n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()), familywise=draw(st.booleans()),
-                       label_noise=draw(st.floats(0, .999 - .999 / (last + 1))), n_train=draw(st.none() | st.integers(1, 10**6)),
-                       test_sigma=draw(st.none() | st.floats(1e-300, 1e300)) if isinstance(noise, GaussianNoise) else None)
+                       log_q_a=column(log) if draw(st.booleans()) else None,
+                       log_p_b=column(log) if draw(st.booleans()) else None,
+                       alpha=draw(unit), bound=draw(st.sampled_from([*bounds.BOUNDS, 'exact'])),
+                       votes=draw(st.sampled_from(['soft', 'hard', 'exact'])),
+                       n_models=draw(st.integers(0, 10**9)), simultaneous=draw(st.booleans()),
+                       familywise=draw(st.booleans()),
+                       label_noise=draw(st.floats(0, .999 - .999 / (last + 1))),
+                       n_train=draw(st.none() | st.integers(1, 10**6)),
+                       test_sigma=draw(st.none() | st.floats(1e-300, 1e300))
+                       if isinstance(noise, GaussianNoise) else None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -253,32 +268,42 @@ def test_csv_that_is_no_certificate(tmp_path):
     path = tmp_path/'c.csv'
     for text, words in (('', 'missing'), ('prediction,radius\n0,1\n', 'p_a'), ('\n\n\n', 'missing')):
         path.write_text(text)
-        with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
+        with pytest.raises(ValueError, match=words):
+            Certificate.from_csv(path)
     cert.to_csv(path)
     text = path.read_text()
     path.write_text(text + text.splitlines()[1].replace('hoeffding', 'betting') + '\n')
-    with pytest.raises(ValueError, match='mixes'): Certificate.from_csv(path)
+    with pytest.raises(ValueError, match='mixes'):
+        Certificate.from_csv(path)
     path.write_text(text.replace('GaussianNoise(sigma=1.0)', '__import__("os")'))
-    with pytest.raises(ValueError, match='repr of a noise'): Certificate.from_csv(path)
+    with pytest.raises(ValueError, match='repr of a noise'):
+        Certificate.from_csv(path)
 
 
 @pytest.mark.parametrize('column, text, words', [
-    *((c, t, 'a number in \\[0, 1\\]') for c in ('p_a', 'p_b', 'alpha') for t in ('1.01', '-0.1', 'nan', '', 'x')),
-    *(('radius', t, 'a number >= 0') for t in ('-1', '-inf', 'nan', '', '1,5')), ('radius', 'inf', 'finite where p_a < 1'),
-    *(('prediction', t, 'a whole number >= -1') for t in ('-2', '0.5', 'nan', '9' * 30, '')), ('prediction', '-1', '0 where the prediction is -1'),
-    ('p_a', '0.01', '0 where p_a <= p_b'), ('n_models', '-1', 'whole number'), ('bound', 'wald', 'hoeffding'), ('votes', 'loud', 'soft'),
-    ('familywise', 'yes', 'True or False'), ('radius_arguments', '[1]', 'JSON object'), ('radius_arguments', '[' * 100_000, 'JSON object')])
+    *((c, t, 'a number in \\[0, 1\\]') for c in ('p_a', 'p_b', 'alpha')
+      for t in ('1.01', '-0.1', 'nan', '', 'x')),
+    *(('radius', t, 'a number >= 0') for t in ('-1', '-inf', 'nan', '', '1,5')),
+    ('radius', 'inf', 'finite where p_a < 1'),
+    *(('prediction', t, 'a whole number >= -1') for t in ('-2', '0.5', 'nan', '9' * 30, '')),
+    ('prediction', '-1', '0 where the prediction is -1'),
+    ('p_a', '0.01', '0 where p_a <= p_b'), ('n_models', '-1', 'whole number'), ('bound', 'wald', 'hoeffding'),
+    ('votes', 'loud', 'soft'),
+    ('familywise', 'yes', 'True or False'), ('radius_arguments', '[1]', 'JSON object'),
+    ('radius_arguments', '[' * 100_000, 'JSON object')])
 def test_csv_with_a_wrong_field(tmp_path, column, text, words):
     "The error names line, column, value and what is allowed."
     path = tmp_path/'c.csv'
     certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.)).to_csv(path)
     rows = list(csv.DictReader(path.open(newline='')))
     of_all = column not in ('prediction', 'radius', 'p_a', 'p_b')
-    for row in rows if of_all else rows[2:]: row[column] = text
+    for row in rows if of_all else rows[2:]:
+        row[column] = text
     with path.open('w', newline='') as file:
         out = csv.DictWriter(file, list(rows[0]))
         out.writeheader(), out.writerows(rows)
-    with pytest.raises(ValueError, match=f'line {2 if of_all else 4}, column .*{words}') as error: Certificate.from_csv(path)
+    with pytest.raises(ValueError, match=f'line {2 if of_all else 4}, column .*{words}') as error:
+        Certificate.from_csv(path)
     assert column in str(error.value) or 'radius' in str(error.value)
 
 
@@ -286,10 +311,13 @@ def test_csv_with_a_lost_field_or_bytes(tmp_path):
     path = tmp_path/'c.csv'
     certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.)).to_csv(path)
     content = path.read_bytes()
-    for change, words in ((content[:-40], 'line 4: '), (content + b'0,1\n', 'line 5: 2 fields, the first line names 14'), (content + b'\xff\n', 'UTF-8'),
+    for change, words in ((content[:-40], 'line 4: '),
+                          (content + b'0,1\n', 'line 5: 2 fields, the first line names 14'),
+                          (content + b'\xff\n', 'UTF-8'),
                           (content + b'9' * 200_000, 'field larger')):
         path.write_bytes(change)
-        with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
+        with pytest.raises(ValueError, match=words):
+            Certificate.from_csv(path)
 
 
 # Scores -----------------------------------------------------------------------------------------
@@ -310,7 +338,8 @@ def test_metrics_against_a_loop():
 
 NAMES = {'1, 2': [1, 2], '-1, 1': [-1, 1], '1, -1': [1, -1], '0, 1, 3, 4': [0, 1, 3, 4],
          'booleans': [False, True], 'floats': [.5, 2.], 'int8': np.int8([3, -1]),
-         'uint64': np.uint64([2**64 - 1, 0]), 'beyond float64': [2**53, 2**53 + 1], 'int and float': [2**53 + 1, .5], 'texts': ['no', 'yes'],
+         'uint64': np.uint64([2**64 - 1, 0]), 'beyond float64': [2**53, 2**53 + 1],
+         'int and float': [2**53 + 1, .5], 'texts': ['no', 'yes'],
          'numbers as texts': ['1', '0'], 'empty text': ['', 'abstain'],
          'odd texts': ['<b>', 'a,"b"\r\n\0\ud800'],
          'objects': np.array(['b', 'a'], object), 'categories': pd.Categorical(['b', 'a']),
@@ -358,8 +387,10 @@ def test_metrics_speak_the_labels_of_the_user(names, tmp_path):
     values = list(names)
     y = [values[c] for c in column]
     for labels in [form(y) for form in FORMS]:
-        if list(labels) == y: assert by_metrics(cert, labels, values[0], .3) == pytest.approx(wanted)
-        else: assert 2**53 + 1 in y and labels.dtype == 'category'  # pandas has rounded them
+        if list(labels) == y:
+            assert by_metrics(cert, labels, values[0], .3) == pytest.approx(wanted)
+        else:
+            assert 2**53 + 1 in y and labels.dtype == 'category'  # pandas has rounded them
     assert [v is None or v != v for v in cert.labels] == (plain.prediction < 0).tolist()
     assert all(label == values[c] for label, c in zip(cert.labels, plain.prediction) if c >= 0)
     cert.to_csv(tmp_path/'c.csv')
@@ -386,11 +417,14 @@ def test_metrics_do_not_depend_on_names(data, n_classes, seed):
 @pytest.mark.parametrize('shift', [1, -1, 7])
 def test_labels_that_are_no_columns_are_refused_where_classes_have_no_names(shift):
     p, column, plain = outputs_and_columns(2)
-    with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, column + shift)
-    with pytest.raises(ValueError, match='pass classes='): certified_accuracy(plain, column + shift, [0, .5])
+    with pytest.raises(ValueError, match='pass classes='):
+        prediction_accuracy(plain, column + shift)
+    with pytest.raises(ValueError, match='pass classes='):
+        certified_accuracy(plain, column + shift, [0, .5])
     for words in (['no', 'yes'], ['0', '1']):
         y = np.array(words)[column]
-        with pytest.raises(ValueError, match='pass classes='): prediction_accuracy(plain, y)
+        with pytest.raises(ValueError, match='pass classes='):
+            prediction_accuracy(plain, y)
     assert prediction_accuracy(plain, column == 1) == prediction_accuracy(plain, column)
 
 
@@ -404,13 +438,18 @@ def test_labels_of_another_kind_or_none_of_the_classes():
                        (['maybe']*MANY, "60 of 60 labels y, such as 'maybe'"), ([None, *y[1:]], gap),
                        ([np.nan, *y[1:]], gap), ([pd.NA, *y[1:]], gap), ([1, *y[1:]], 'numbers and texts'),
                        ([b'no']*MANY, 'bytes'), (np.zeros(MANY, 'M8[D]'), 'date'), (1j*column, 'complex')):
-        with pytest.raises(ValueError, match=words): prediction_accuracy(cert, bad)
-        with pytest.raises(ValueError, match=words): certified_accuracy(cert, bad, .1)
+        with pytest.raises(ValueError, match=words):
+            prediction_accuracy(cert, bad)
+        with pytest.raises(ValueError, match=words):
+            certified_accuracy(cert, bad, .1)
     one_two = plain.named([1, 2])
-    with pytest.raises(ValueError, match='booleans such as True'): prediction_accuracy(one_two, column == 1)
-    with pytest.raises(ValueError, match='finite'): prediction_accuracy(plain, np.where(column, np.inf, 0))
+    with pytest.raises(ValueError, match='booleans such as True'):
+        prediction_accuracy(one_two, column == 1)
+    with pytest.raises(ValueError, match='finite'):
+        prediction_accuracy(plain, np.where(column, np.inf, 0))
     masked = np.ma.masked_array(column, np.arange(MANY) == 3)
-    with pytest.raises(ValueError, match='NaN at point 3'): prediction_accuracy(plain, masked)
+    with pytest.raises(ValueError, match='NaN at point 3'):
+        prediction_accuracy(plain, masked)
 
 
 def test_a_class_that_training_had_not_counts_as_wrong():
@@ -425,11 +464,14 @@ def test_a_class_that_training_had_not_counts_as_wrong():
 @pytest.mark.parametrize('target', ['maybe', 0, True, None, float('nan'), -1, ['no']])
 def test_a_target_that_is_no_class(target):
     _, _, plain = outputs_and_columns(2)
-    with pytest.raises(ValueError): attack_success_rate(plain.named(['no', 'yes']), target)
+    with pytest.raises(ValueError):
+        attack_success_rate(plain.named(['no', 'yes']), target)
     if target not in (0, True):
-        with pytest.raises(ValueError): attack_success_rate(plain, target)
+        with pytest.raises(ValueError):
+            attack_success_rate(plain, target)
     if target not in ('maybe',):
-        with pytest.raises(ValueError): attack_success_rate(['no', 'yes', 'no'], target)
+        with pytest.raises(ValueError):
+            attack_success_rate(['no', 'yes', 'no'], target)
     assert attack_success_rate(['yes', 'yes'], 'no') == 0 and attack_success_rate([1, 0, None], True) == 1/3
 
 
@@ -446,14 +488,17 @@ def test_classes_that_name_nothing(classes, words):
     for make in (lambda: certify(p, GaussianNoise(1.), classes=classes), lambda: plain.named(classes),
                  lambda: certify(p, GaussianNoise(1.), bound='betting', classes=classes),
                  lambda: certify_statistics(stats, GaussianNoise(1.), classes=classes)):
-        with pytest.raises(ValueError, match=words): make()
+        with pytest.raises(ValueError, match=words):
+            make()
     if len(classes) < 2 or 'must name' not in words:
-        with pytest.raises(ValueError): replace(plain, classes=classes)
+        with pytest.raises(ValueError):
+            replace(plain, classes=classes)
         with pytest.raises(ValueError):
             exact_certificate(columns, 0*columns + .9, 0*columns, GaussianNoise(1.), classes=classes)
 
 
-@pytest.mark.parametrize('names', [[1, 2], [-1, 1], [0, 1, 3, 4], ['a', 'b'], [False, True], [1., 2.]], ids=str)
+@pytest.mark.parametrize('names', [[1, 2], [-1, 1], [0, 1, 3, 4], ['a', 'b'], [False, True], [1., 2.]],
+                         ids=str)
 def test_classifiers_certify_in_the_labels_they_were_given(names):
     "Certificates of nearest neighbours: accuracy is scikit-learn's score, labels are those of `predict`."
     g = np.random.default_rng(0)
@@ -472,7 +517,8 @@ def test_classifiers_certify_in_the_labels_they_were_given(names):
 def test_ambiguous_abstentions_are_refused():
     "A -1 among whole numbers may be a class of the user's or an abstention of `prediction`."
     _, _, plain = outputs_and_columns(2)
-    with pytest.raises(ValueError, match='class or an abstention'): abstention_rate(plain.prediction)
+    with pytest.raises(ValueError, match='class or an abstention'):
+        abstention_rate(plain.prediction)
     assert abstention_rate([1, 0]) == 0 and abstention_rate([None]) == 1
     assert abstention_rate(['a', None]) == abstention_rate([np.nan, 1.]) == .5
 
@@ -488,8 +534,10 @@ def test_batches_make_one_certificate():
         with pytest.raises(ValueError, match='1 differs from certificate 0 in '):
             join([cert, replace(cert, **change)])
     family = certify(p, GaussianNoise(1.), familywise=True)
-    with pytest.raises(ValueError, match='in one call'): join([family, family])
-    with pytest.raises(ValueError, match='no certificates'): join([])
+    with pytest.raises(ValueError, match='in one call'):
+        join([family, family])
+    with pytest.raises(ValueError, match='no certificates'):
+        join([])
 
 
 def test_words_frames_and_pages_show_names():
@@ -521,11 +569,14 @@ def test_a_file_with_another_label_or_too_few_classes(tmp_path):
                               for other in ('"[""ham"", 1]"', '{}', '"[NaN, 1]"', '0', '1' + '0'*12))):
         assert old in text
         path.write_text(text.replace(old, new))
-        with pytest.raises(ValueError, match=words): Certificate.from_csv(path)
+        with pytest.raises(ValueError, match=words):
+            Certificate.from_csv(path)
     path.write_text(text.replace('""spam""', '""eggs""', 1))
-    with pytest.raises(ValueError, match='mixes'): Certificate.from_csv(path)
+    with pytest.raises(ValueError, match='mixes'):
+        Certificate.from_csv(path)
     long = certify(np.tile([[.1, .9]], (50, 3, 1)), GaussianNoise(1.), classes=['ham', 'spam'*40_000])
-    with pytest.raises(ValueError, match='too long'): long.to_csv(path)
+    with pytest.raises(ValueError, match='too long'):
+        long.to_csv(path)
 
 
 @pytest.mark.slow
@@ -538,13 +589,17 @@ def test_betting_is_fast_enough():
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize('noise, arguments', [(UniformNoise(-1., 1.), dict(familiwise=True)), (UniformNoise(-1., 1.), dict(d=4, bond='betting')),
-                                              (GaussianNoise(1.), dict(d=4)), (LaplaceNoise(1.), dict(n_poisoned=2))])
+@pytest.mark.parametrize('noise, arguments',
+                         [(UniformNoise(-1., 1.), dict(familiwise=True)),
+                          (UniformNoise(-1., 1.), dict(d=4, bond='betting')),
+                          (GaussianNoise(1.), dict(d=4)), (LaplaceNoise(1.), dict(n_poisoned=2))])
 def test_misspelt_arguments_are_not_taken_for_the_radius(noise, arguments):
-    with pytest.raises(ValueError, match='unknown'): certify(np.tile([.1, .9], (100, 3, 1)), noise, **arguments)
+    with pytest.raises(ValueError, match='unknown'):
+        certify(np.tile([.1, .9], (100, 3, 1)), noise, **arguments)
 
 
 def test_numbers_of_numpy_reach_the_file(tmp_path):
-    cert = certify(np.tile([.1, .9], (100, 3, 1)), UniformNoise(-1., 1.), d=np.prod((2, 2)), n_poisoned=np.int64(2))
+    cert = certify(np.tile([.1, .9], (100, 3, 1)), UniformNoise(-1., 1.), d=np.prod((2, 2)),
+                   n_poisoned=np.int64(2))
     cert.to_csv(tmp_path / 'c.csv')
     assert Certificate.from_csv(tmp_path / 'c.csv').radius_arguments == dict(d=4, n_poisoned=2)

@@ -1,4 +1,5 @@
-"DP-SGD against independent references: brute-force per-sample gradients, opacus.PrivacyEngine, integration; and what it refuses."
+"""DP-SGD against independent references: brute-force per-sample gradients, opacus.PrivacyEngine, integration;
+and what it refuses."""
 import copy
 import math
 import re
@@ -36,7 +37,8 @@ def clipped(net, x, y, C):
 
 
 def spread(stack, seed):
-    with torch.no_grad(): stack.flat.add_(.3 * torch.randn(stack.flat.shape, generator=torch.Generator().manual_seed(seed)))
+    with torch.no_grad():
+        stack.flat.add_(.3 * torch.randn(stack.flat.shape, generator=torch.Generator().manual_seed(seed)))
     return stack
 
 
@@ -48,39 +50,50 @@ def models_of(stack, net):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), m=st.integers(1, 3), b=st.integers(1, 6), c_in=st.integers(1, 3), width=st.sampled_from([2, 4, 12]), size=st.integers(1, 4),
-       stride=st.integers(1, 3), padding=st.integers(0, 2), bias=st.booleans(), n_outputs=st.sampled_from([1, 3]), C=st.floats(.01, 10))
-def test_any_small_network_matches_brute_force(seed, m, b, c_in, width, size, stride, padding, bias, n_outputs, C):
+@given(seed=st.integers(0, 2**31), m=st.integers(1, 3), b=st.integers(1, 6), c_in=st.integers(1, 3),
+       width=st.sampled_from([2, 4, 12]), size=st.integers(1, 4),
+       stride=st.integers(1, 3), padding=st.integers(0, 2), bias=st.booleans(),
+       n_outputs=st.sampled_from([1, 3]), C=st.floats(.01, 10))
+def test_any_small_network_matches_brute_force(seed, m, b, c_in, width, size, stride, padding, bias,
+                                               n_outputs, C):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(c_in, width, size, stride, padding, bias=bias), nn.GroupNorm(2, width), nn.ReLU(inplace=True), nn.Conv2d(width, 5, (1, 2)), nn.Tanh(),
+    net = nn.Sequential(nn.Conv2d(c_in, width, size, stride, padding, bias=bias), nn.GroupNorm(2, width),
+                        nn.ReLU(inplace=True), nn.Conv2d(width, 5, (1, 2)), nn.Tanh(),
                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, n_outputs, bias=bias))
-    stack, x, y = spread(Stack(net, m, folded=True), seed), torch.randn(m, b, c_in, 7, 8), torch.randint(0, max(2, n_outputs), (b,))
+    stack, x, y = spread(Stack(net, m, folded=True),
+                         seed), torch.randn(m, b, c_in, 7, 8), torch.randint(0, max(2, n_outputs), (b,))
     norms = clipped_sum(stack, x, y, loss_per_sample, C)
     for k, one in models_of(stack, net):
         expected, brute = clipped(one, x[k], y, C)
         torch.testing.assert_close(norms[k], brute, rtol=1e-4, atol=1e-5)
-        for name, w in stack.weights.items(): torch.testing.assert_close(w.grad[k], expected[name], rtol=1e-4, atol=1e-5)
+        for name, w in stack.weights.items():
+            torch.testing.assert_close(w.grad[k], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_sequences_and_frozen_layers():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 30), nn.Flatten(), nn.Linear(150, 1))
-    for p in net[0].parameters(): p.requires_grad_(False)
+    for p in net[0].parameters():
+        p.requires_grad_(False)
     stack, x, y = Stack(net, 2), torch.randn(2, 4, 5, 3), torch.tensor([0, 1, 1, 0])
     clipped_sum(stack, x, y, loss_per_sample, .3)
     for k, one in models_of(stack, net):
         each = {n: g for n, g in per_sample(one, x[k], y).items() if not n.startswith('0.')}
         norms = torch.cat([e.flatten(1) for e in each.values()], 1).norm(dim=1)
         for n, e in each.items():
-            torch.testing.assert_close(stack.weights[n].grad[k], torch.einsum('b,b...->...', .3 / (norms + 1e-6), e), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stack.weights[n].grad[k],
+                                       torch.einsum('b,b...->...', .3 / (norms + 1e-6), e), rtol=1e-4,
+                                       atol=1e-6)
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bf16'])
 def test_one_row_moves_the_sum_by_at_most_C(precision):
     torch.manual_seed(0)
-    stack, x, y = Stack(mnist_cnn(), folded=True), 20 * torch.randn(1, 6, 1, 28, 28), torch.tensor([0, 1, 1, 0, 1, 0])
+    stack, x, y = Stack(mnist_cnn(),
+                        folded=True), 20 * torch.randn(1, 6, 1, 28, 28), torch.tensor([0, 1, 1, 0, 1, 0])
     def total(rows):
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): norms = clipped_sum(stack, x[:, rows], y[rows], loss_per_sample, .5)
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+            norms = clipped_sum(stack, x[:, rows], y[rows], loss_per_sample, .5)
         assert norms.min() > .5 or len(rows) < 6
         return stack.flat.grad.clone()
     everyone = total(list(range(6)))
@@ -104,7 +117,8 @@ class Tokens(nn.Module):
     "Linear layers on five tokens, the same group norm twice."
     def __init__(self):
         super().__init__()
-        self.inner, self.norm, self.outer, self.head = nn.Linear(12, 40), nn.GroupNorm(4, 40), nn.Linear(40, 40), nn.Linear(40, 3)
+        self.inner, self.norm = nn.Linear(12, 40), nn.GroupNorm(4, 40)
+        self.outer, self.head = nn.Linear(40, 40), nn.Linear(40, 3)
 
     def forward(self, x):
         x = self.norm(self.inner(x.reshape(len(x), 5, 12)).mT).relu()
@@ -115,27 +129,35 @@ class Deep(nn.Module):
     "Many channels, few positions: kernels larger than their windows."
     def __init__(self):
         super().__init__()
-        self.first, self.conv, self.head = nn.Conv2d(1, 30, 3), nn.Conv2d(30, 40, 2, bias=False), nn.Linear(40, 2)
+        self.first, self.conv = nn.Conv2d(1, 30, 3), nn.Conv2d(30, 40, 2, bias=False)
+        self.head = nn.Linear(40, 2)
 
-    def forward(self, x): return self.head(self.conv(self.first(x.reshape(len(x), 1, 6, 10)[:, :, :5, :4]))[:, :, :2, :2].mean((2, 3)))
+    def forward(self, x):
+        image = x.reshape(len(x), 1, 6, 10)[:, :, :5, :4]
+        return self.head(self.conv(self.first(image))[:, :, :2, :2].mean((2, 3)))
 
 
 NETS = dict(
-    convolutions=lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8), nn.ReLU(),
-                                       nn.Conv2d(8, 12, (2, 3), padding=(1, 2), groups=4), nn.Tanh(), nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+    convolutions=lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 8, 3, stride=2, padding=1),
+                                       nn.GroupNorm(2, 8), nn.ReLU(),
+                                       nn.Conv2d(8, 12, (2, 3), padding=(1, 2), groups=4), nn.Tanh(),
+                                       nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
                                        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 1)),
-    normalised=lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 16, 3), nn.GroupNorm(4, 16), nn.Flatten(), nn.Linear(16 * 4 * 8, 2)),
+    normalised=lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 16, 3), nn.GroupNorm(4, 16),
+                                     nn.Flatten(), nn.Linear(16 * 4 * 8, 2)),
     views=Views, tokens=Tokens, deep=Deep,
     layers=lambda: nn.Sequential(nn.Flatten(), nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 3)))
 SCALES = [(a, o) for a in (1e-4, 1., 1e3, 1e6) for o in (0., 1e-4, 1., 1e2, 1e4, 1e6)]
 
 
-def outputs_of(net): return 2 if list(net.parameters())[-1].shape[0] == 1 else list(net.parameters())[-1].shape[0]
+def outputs_of(net):
+    return 2 if list(net.parameters())[-1].shape[0] == 1 else list(net.parameters())[-1].shape[0]
 
 
 def inputs(seed, amplitude, offset, n):
     draw = torch.Generator().manual_seed(seed)
-    return amplitude * torch.randn(n, 60, generator=draw) + offset * torch.randn(n, 1, generator=draw).sign(), draw
+    return amplitude * torch.randn(n, 60,
+                                   generator=draw) + offset * torch.randn(n, 1, generator=draw).sign(), draw
 
 
 def rows_in_float64(net, x, y):
@@ -153,7 +175,8 @@ def rows_in_float64(net, x, y):
 @pytest.mark.parametrize('engine', ['ghost', 'opacus'])
 @pytest.mark.parametrize('name', NETS)
 def test_no_single_sample_pulls_harder_than_C(name, engine):
-    if engine == 'opacus': pytest.importorskip('opacus')
+    if engine == 'opacus':
+        pytest.importorskip('opacus')
     torch.manual_seed(0)
     net, C, reached = NETS[name](), 1e-3, 0
     stack = Stack(net, folded=engine == 'ghost')
@@ -185,7 +208,8 @@ def test_norms_and_sums_are_those_of_float64(name):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(NETS)), amplitude=st.floats(-4, 6), offset=st.floats(-4, 6), C=st.floats(-6, 3),
+@given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(NETS)), amplitude=st.floats(-4, 6),
+       offset=st.floats(-4, 6), C=st.floats(-6, 3),
        m=st.integers(1, 3), spread_of_rows=st.floats(0, 4))
 def test_pulls_at_random_scales(seed, name, amplitude, offset, C, m, spread_of_rows):
     torch.manual_seed(seed)
@@ -194,7 +218,7 @@ def test_pulls_at_random_scales(seed, name, amplitude, offset, C, m, spread_of_r
     x, draw = inputs(seed, 10**amplitude, 10**offset, m * 3)
     x = (x * 10**(spread_of_rows * torch.rand(m * 3, 1, generator=draw))).unflatten(0, (m, 3))
     y = torch.randint(0, outputs_of(net), (3,), generator=draw)
-    def total(weights):  # of the samples' losses: the batch, and with it rounding in the network, stays the same
+    def total(weights):  # of the samples' losses: batch and rounding in the network stay the same
         clipped_sum(stack, x, y, lambda outputs, y: weights * loss_per_sample(outputs, y), C)
         return torch.cat([w.grad.flatten(1) for w in stack.weights.values()], 1).double()
     shares = torch.stack([total(one) for one in torch.eye(3)])
@@ -204,7 +228,8 @@ def test_pulls_at_random_scales(seed, name, amplitude, offset, C, m, spread_of_r
 
 def test_windows_that_share_an_offset_do_not_cancel_in_the_norm():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(64, 64, 2, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    net = nn.Sequential(nn.Conv2d(64, 64, 2, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(64, 2))
     net[3].requires_grad_(False)
     stack, signs = Stack(net, 1, folded=True), torch.tensor([1., -1, 1])
     signs = signs[:, None] * signs
@@ -227,7 +252,9 @@ def test_ghost_norms_are_never_too_small(offset, length, i, o):
         squares, total = ghost(rows, grads)
         true = torch.linalg.matrix_norm(grads.mT.double() @ rows.double())
         assert (squares.sqrt() >= true * (1 - 1e-6)).all()
-        bound = (i + o + length**2) * 2.**-51 * (rows.double().square().sum((2, 3)) * grads.double().square().sum((2, 3)))
+        bound = (i + o
+                 + length**2) * 2.**-51 * (
+                     rows.double().square().sum((2, 3)) * grads.double().square().sum((2, 3)))
         assert (squares <= true.square() * (1 + 1e-6) + bound).all()
         one = torch.zeros(2, 3)
         one[:, 1] = 1
@@ -242,7 +269,8 @@ def test_bf16_pulls_at_most_C_at_any_scale():
         stack = Stack(net, folded=True)
         for amplitude, offset in ((1., 0.), (1., 1e4), (1e-2, 1e6)):
             x, _ = inputs(1, amplitude, offset, 1)
-            with torch.autocast('cpu', torch.bfloat16): clipped_sum(stack, x[None], torch.tensor([1]), loss_per_sample, 1e-3)
+            with torch.autocast('cpu', torch.bfloat16):
+                clipped_sum(stack, x[None], torch.tensor([1]), loss_per_sample, 1e-3)
             assert float(stack.flat.grad.double().norm()) <= 1e-3 * (1 + 1e-5)
 
 
@@ -254,7 +282,8 @@ class Chance(nn.Module):
 
     def forward(self, x):
         h = self.layer(x.flatten(1)).relu()
-        if self.training or self.when == 'always': h = getattr(self, self.what)(h)
+        if self.training or self.when == 'always':
+            h = getattr(self, self.what)(h)
         return self.head(h)
 
     def nothing(self, h): return h
@@ -271,17 +300,23 @@ class Chance(nn.Module):
 
 
 @pytest.mark.parametrize('engine', ['ghost', 'opacus'])
-@pytest.mark.parametrize('what, fine', [('nothing', True), ('dropout', True), ('noise', True), ('depth', True), ('centre', False), ('detached', False), ('largest', False),
-                                        ('mixup', False), ('shuffle', False), ('neighbour', False), ('weights', False)])
+@pytest.mark.parametrize('what, fine',
+                         [('nothing', True), ('dropout', True), ('noise', True), ('depth', True),
+                          ('centre', False), ('detached', False), ('largest', False),
+                          ('mixup', False), ('shuffle', False), ('neighbour', False), ('weights', False)])
 def test_mixing_in_training_is_found_and_chance_is_not_mistaken_for_it(what, fine, engine):
-    if engine == 'opacus': pytest.importorskip('opacus')
+    if engine == 'opacus':
+        pytest.importorskip('opacus')
     torch.manual_seed(3)
     for scale, offset in ((1., 0.), (1e-3, 0.), (1e4, 0.), (1., 1e5)):
         stack, before = Stack(Chance(what), folded=engine == 'ghost'), torch.get_rng_state()
-        x, y = scale * torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(1)) + offset, torch.tensor([0, 1, 1, 0, 1, 0])
+        x, y = scale * torch.randn(1, 6, 20,
+                                   generator=torch.Generator().manual_seed(1)) + offset, torch.tensor(
+                                       [0, 1, 1, 0, 1, 0])
         first = lambda: DPSGD(1., 0., engine).gradient(stack, x, y, loss_per_sample, [None], step=1)
         if not fine:
-            with pytest.raises(ValueError, match='other gradients .* mixes the rows'): first()
+            with pytest.raises(ValueError, match='other gradients .* mixes the rows'):
+                first()
         else:
             check_samples(stack, x, y, loss_per_sample, engine)
             assert torch.equal(torch.get_rng_state(), before)
@@ -292,7 +327,8 @@ def test_mixing_in_training_is_found_and_chance_is_not_mistaken_for_it(what, fin
 def test_one_row_and_equal_rows_still_show_mixing():
     y = torch.tensor([1])
     for x in (torch.ones(1, 1, 20), torch.ones(1, 6, 20), torch.full((1, 2, 20), math.nan)):
-        with pytest.raises(ValueError, match='mixes the rows'): check_samples(Stack(Chance('centre'), folded=True), x, y.expand(x.shape[1]), loss_per_sample)
+        with pytest.raises(ValueError, match='mixes the rows'):
+            check_samples(Stack(Chance('centre'), folded=True), x, y.expand(x.shape[1]), loss_per_sample)
         check_samples(Stack(Chance('dropout'), folded=True), x, y.expand(x.shape[1]), loss_per_sample)
 
 
@@ -301,42 +337,52 @@ def test_the_ensemble_refuses_mixing_in_training(data, what, message):
     x, y = data
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), Chance(what))
     clf = RABClassifier(module, GaussianNoise(.3), 2, 1, 20, 5e-3, dp=DPSGD(1., .1), device='cpu', stack=1)
-    if message is None: clf.fit(x, y)
+    if message is None:
+        clf.fit(x, y)
     else:
-        with pytest.raises(ValueError, match=message): clf.fit(x, y)
+        with pytest.raises(ValueError, match=message):
+            clf.fit(x, y)
 
 
 @pytest.mark.parametrize('engine', ['ghost', 'opacus'])
 def test_the_message_blames_inputs_or_learning_rate_but_not_the_wrong_one(data, engine):
-    if engine == 'opacus': pytest.importorskip('opacus')
+    if engine == 'opacus':
+        pytest.importorskip('opacus')
     x, y = (torch.from_numpy(t) for t in data)
     def error(x, scale_of_weights=1., step=2):
         stack = Stack(digits_cnn(), folded=engine == 'ghost')
-        with torch.no_grad(): stack.flat *= scale_of_weights
+        with torch.no_grad():
+            stack.flat *= scale_of_weights
         with pytest.raises(ValueError, match='is NaN or infinite') as e:
             DPSGD(1., 0., engine).gradient(stack, x[None, :5], y[:5], loss_per_sample, [None], 5, step=step)
         return str(e.value)
     for value in (math.nan, math.inf, 3e38, 1e30):
         bad = x.clone()
         bad[2:4, 0, 3, 3] = value  # rows of either label: of one, the loss is 0
-        assert re.search('number [23] of its batch', error(bad)) and 'scale the training inputs' in error(bad) and 'lr' not in error(bad)
+        assert re.search('number [23] of its batch', error(bad))
+        assert 'scale the training inputs' in error(bad)
+        assert 'lr' not in error(bad)
     assert 'scale the training inputs' in error(x * 1e37, step=1) and 'lr' not in error(x * 1e37, step=1)
-    for factor in (1e25, math.nan): assert 'smaller lr' in error(x, factor) and 'input' not in error(x, factor)
+    for factor in (1e25, math.nan):
+        assert 'smaller lr' in error(x, factor) and 'input' not in error(x, factor)
     both = error(x * 1e30, 1e25)
     assert 'scale the training inputs' in both and 'smaller lr' in both
 
 
 def test_a_learning_rate_that_is_too_large_is_named(data):
     x, y = data
-    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=20, batch_size=20, lr=1e20, dp=DPSGD(1., 1.), device='cpu', stack=2, precision='float32')
-    with pytest.raises(ValueError, match='smaller lr') as e: train_shard(spec, x, y, dict(e=x[:2]), [0])
+    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=20, batch_size=20, lr=1e20, dp=DPSGD(1., 1.),
+                     device='cpu', stack=2, precision='float32')
+    with pytest.raises(ValueError, match='smaller lr') as e:
+        train_shard(spec, x, y, dict(e=x[:2]), [0])
     assert 'input' not in str(e.value)
 
 
 def test_a_loss_that_overflows_by_itself_blames_neither(data):
     x, y = (torch.from_numpy(t) for t in data)
     loss = lambda outputs, y: loss_per_sample(outputs, y) / 0.
-    with pytest.raises(ValueError, match='neither its input nor the weights are large') as e: clipped_sum(Stack(digits_cnn(), folded=True), x[None, :3], y[:3], loss, 1.)
+    with pytest.raises(ValueError, match='neither its input nor the weights are large') as e:
+        clipped_sum(Stack(digits_cnn(), folded=True), x[None, :3], y[:3], loss, 1.)
     assert 'lr' not in str(e.value)
 
 
@@ -344,14 +390,18 @@ def test_a_step_looks_at_the_numbers_once(data):
     class Looks(TorchDispatchMode):
         "Operators whose result the host has to wait for."
         def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            if f.overloadpacket.__name__ in ('nonzero', '_local_scalar_dense', 'item', 'equal', 'is_nonzero'): seen.append(f)
+            if f.overloadpacket.__name__ in ('nonzero', '_local_scalar_dense', 'item', 'equal', 'is_nonzero'):
+                seen.append(f)
             return f(*args, **kwargs or {})
     x, y = (torch.from_numpy(t) for t in data)
     for net in (digits_cnn(), nn.Sequential(nn.Flatten(), Tokens())):
         seen, stack, dp = [], Stack(net, 2, folded=True), DPSGD(1., 1.)
-        rows = torch.stack([x[:6], x[6:12]]).flatten(2)[..., :60] if isinstance(net[0], nn.Flatten) else torch.stack([x[:6], x[6:12]])
+        rows = torch.stack([x[:6], x[6:12]])
+        if isinstance(net[0], nn.Flatten):
+            rows = rows.flatten(2)[..., :60]
         draws = [generator(0, 'dp-noise', k, 2) for k in range(2)]
-        with Looks(): dp.gradient(stack, rows, y[:6], loss_per_sample, draws, 6, step=2)
+        with Looks():
+            dp.gradient(stack, rows, y[:6], loss_per_sample, draws, 6, step=2)
         assert [f.overloadpacket.__name__ for f in seen] == ['nonzero']
 
 
@@ -361,8 +411,9 @@ def train_with_opacus(net, X, y, C, batch_size, make, lr):
     data = DataLoader(TensorDataset(X, y), batch_size=batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        net, optimiser, data = opacus.PrivacyEngine().make_private(module=net, optimizer=make(net.parameters(), lr=lr), data_loader=data,
-                                                                   noise_multiplier=0., max_grad_norm=C, poisson_sampling=False)
+        net, optimiser, data = opacus.PrivacyEngine().make_private(
+            module=net, optimizer=make(net.parameters(), lr=lr), data_loader=data,
+            noise_multiplier=0., max_grad_norm=C, poisson_sampling=False)
         for xb, yb in data:
             optimiser.zero_grad()
             loss_per_sample(net(xb), yb).mean().backward()
@@ -371,10 +422,13 @@ def train_with_opacus(net, X, y, C, batch_size, make, lr):
 
 
 @pytest.mark.parametrize('make_net, shape', [
-    (mnist_cnn, (1, 28, 28)), (lambda: mnist_cnn(n_outputs=10), (1, 28, 28)), (lambda: small_resnet(norm='group'), (3, 16, 16)),
-    (lambda: preact_resnet(n_blocks=2, widths=(8, 16, 32), norm='group'), (3, 8, 8)), (lambda: mlp(12), (12,))], ids=['mnist', 'mnist-10', 'small-resnet', 'preact', 'mlp'])
+    (mnist_cnn, (1, 28, 28)), (lambda: mnist_cnn(n_outputs=10), (1, 28, 28)),
+    (lambda: small_resnet(norm='group'), (3, 16, 16)),
+    (lambda: preact_resnet(n_blocks=2, widths=(8, 16, 32), norm='group'), (3, 8, 8)),
+    (lambda: mlp(12), (12,))], ids=['mnist', 'mnist-10', 'small-resnet', 'preact', 'mlp'])
 def test_twenty_steps_equal_opacus(make_net, shape):
-    # Plain descent: Adam turns round-off in near-zero gradients into steps of size lr, and Opacus in float32 then differs from itself in float64 by 1e-3.
+    # Plain descent: Adam turns round-off in near-zero gradients into steps of size lr, and Opacus in float32
+    # then differs from itself in float64 by 1e-3.
     torch.manual_seed(0)
     net, X, y = make_net(), torch.rand(2, 160, *shape), torch.randint(0, 2, (160,))
     stack, dp = Stack(net, 2), DPSGD(.7, 0.)
@@ -392,8 +446,10 @@ def test_noise_has_the_scale_of_sigma_C_over_B_and_differs_between_models():
     torch.manual_seed(0)
     stack, x, y = Stack(digits_cnn(), 3), torch.randn(3, 20, 1, 8, 8), torch.randint(0, 2, (20,))
     def private(noise, step):
-        DPSGD(.5, noise).gradient(stack, x, y, loss_per_sample, [generator(1, 'dp-noise', k, step) for k in range(3)], batch_size=32)
-        return torch.stack([torch.cat([w.grad[m].flatten() for w in stack.weights.values()]) for m in range(3)])
+        DPSGD(.5, noise).gradient(stack, x, y, loss_per_sample,
+                                  [generator(1, 'dp-noise', k, step) for k in range(3)], batch_size=32)
+        return torch.stack([torch.cat([w.grad[m].flatten() for w in stack.weights.values()])
+                            for m in range(3)])
     noise = torch.stack([private(2., s) - private(0., s) for s in range(30)])
     assert abs(noise.std() / (2 * .5 / 32) - 1) < 4 / (2 * noise.numel())**.5 + 1e-5
     correlation = torch.corrcoef(noise.transpose(0, 1).flatten(1))
@@ -411,19 +467,24 @@ def data():
 
 def test_stacks_and_workers_do_not_change_the_result(data):
     x, y = data
-    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=2, batch_size=20, lr=5e-3, dp=DPSGD(1., .1), device='cpu', precision='float32', stack=4, test_noise='none')
+    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=2, batch_size=20, lr=5e-3, dp=DPSGD(1., .1),
+                     device='cpu', precision='float32', stack=4, test_noise='none')
     four = train_shard(spec, x, y, dict(e=x[:5]), range(4))['probabilities']['e']
     for k in range(4):
-        alone = train_shard(TrainSpec(**{**vars(spec), 'stack': 1}), x, y, dict(e=x[:5]), [k])['probabilities']['e']
+        alone = train_shard(TrainSpec(**{**vars(spec), 'stack': 1}), x, y, dict(e=x[:5]),
+                            [k])['probabilities']['e']
         np.testing.assert_allclose(four[k], alone[0], atol=2e-3)
-    fits = [RABClassifier(digits_cnn, GaussianNoise(.3), 8, 2, 20, 5e-3, dp=DPSGD(1., .1), device='cpu', stack=4, n_jobs=n).fit(x, y).predict_proba(x[:5]) for n in (1, 2)]
+    fits = [RABClassifier(digits_cnn, GaussianNoise(.3), 8, 2, 20, 5e-3, dp=DPSGD(1., .1), device='cpu',
+                          stack=4, n_jobs=n).fit(x, y).predict_proba(x[:5]) for n in (1, 2)]
     assert (fits[0] == fits[1]).all()
 
 
 def test_engines_give_the_same_ensemble_without_noise(data):
     pytest.importorskip('opacus')
     x, y = data
-    fit = lambda engine: RABClassifier(digits_cnn, GaussianNoise(.3), 2, 2, 20, 5e-3, dp=DPSGD(.5, 0., engine), device='cpu', stack=1, precision='float32', test_noise='none')
+    fit = lambda engine: RABClassifier(digits_cnn, GaussianNoise(.3), 2, 2, 20, 5e-3,
+                                       dp=DPSGD(.5, 0., engine), device='cpu', stack=1, precision='float32',
+                                       test_noise='none')
     a, b = (fit(e).fit(x, y).predict_proba(x[:5]) for e in ('ghost', 'opacus'))
     np.testing.assert_allclose(a, b, atol=1e-3)
 
@@ -432,7 +493,8 @@ def test_partial_batches_are_divided_by_the_nominal_size(data):
     x, y = data
     x, y = torch.from_numpy(x)[None], torch.from_numpy(y)
     stack = Stack(digits_cnn(), folded=True)
-    spec = resolved(TrainSpec(digits_cnn(), GaussianNoise(1.), batch_size=50, dp=DPSGD(1., 0.), device='cpu', precision='float32'))
+    spec = resolved(TrainSpec(digits_cnn(), GaussianNoise(1.), batch_size=50, dp=DPSGD(1., 0.), device='cpu',
+                              precision='float32'))
     gradient(spec, stack, x[:, :10], y[:10], [0], 1)
     seen = stack.flat.grad.clone()
     clipped_sum(stack, x[:, :10], y[:10], loss_per_sample, 1.)
@@ -443,38 +505,55 @@ def test_nan_gradient_names_model_and_step(data):
     x, y = data
     bad = x.copy()
     bad[50] = 3e38
-    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=1, batch_size=20, dp=DPSGD(1., 1.), device='cpu', stack=2)
-    with pytest.raises(ValueError, match=r'gradient of model [67] at step \d is NaN or infinite'): train_shard(spec, bad, y, dict(e=x[:2]), [7])
+    spec = TrainSpec(digits_cnn, GaussianNoise(.3), epochs=1, batch_size=20, dp=DPSGD(1., 1.), device='cpu',
+                     stack=2)
+    with pytest.raises(ValueError, match=r'gradient of model [67] at step \d is NaN or infinite'):
+        train_shard(spec, bad, y, dict(e=x[:2]), [7])
 
 
 @pytest.mark.parametrize('net, message', [
     (small_resnet(), r"layer '1\.norm1', BatchNorm(2d)?, mixes .* nn\.GroupNorm\(4, 16\) .* norm='group'"),
-    (nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1)), "layer '1', LayerNorm, is not supported"),
-    (nn.Sequential(nn.Conv2d(1, 4, 3, dilation=2), nn.Flatten(), nn.Linear(64, 1)), "layer '0', Conv2d, is not supported"),
-    (nn.Sequential(nn.Embedding(3, 3)), "layer '0', Embedding")], ids=['batch', 'layer', 'dilated', 'embedding'])
+    (nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1)),
+     "layer '1', LayerNorm, is not supported"),
+    (nn.Sequential(nn.Conv2d(1, 4, 3, dilation=2), nn.Flatten(), nn.Linear(64, 1)),
+     "layer '0', Conv2d, is not supported"),
+    (nn.Sequential(nn.Embedding(3, 3)), "layer '0', Embedding")],
+                         ids=['batch', 'layer', 'dilated', 'embedding'])
 def test_layers_that_cannot_be_clipped_are_named(net, message):
-    with pytest.raises(ValueError, match=message): check_layers(net)
-    with pytest.raises(ValueError, match=message): DPSGD(1., 1.).gradient(Stack(net, 2), torch.zeros(2, 3, 1, 8, 8), torch.zeros(3).long(), loss_per_sample, [])
+    with pytest.raises(ValueError, match=message):
+        check_layers(net)
+    with pytest.raises(ValueError, match=message):
+        DPSGD(1., 1.).gradient(Stack(net, 2), torch.zeros(2, 3, 1, 8, 8), torch.zeros(3).long(),
+                               loss_per_sample, [])
 
 
 def test_tied_parameters_are_refused():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
-    with pytest.raises(ValueError, match="shares a parameter with layer '0'"): check_layers(net)
+    with pytest.raises(ValueError, match="shares a parameter with layer '0'"):
+        check_layers(net)
 
 
 def test_ensemble_refuses_before_training(data):
     x, y = data
-    fit = lambda **kw: RABClassifier(**dict(module=digits_cnn, noise=GaussianNoise(1.), n_estimators=2, epochs=1, batch_size=32, dp=DPSGD(1., 1.), device='cpu') | kw).fit(x, y)
-    with pytest.raises(ValueError, match='batch_size must be <= 96'): fit(batch_size=97)
+    fit = lambda **kw: RABClassifier(**dict(module=digits_cnn, noise=GaussianNoise(1.), n_estimators=2,
+                                            epochs=1, batch_size=32, dp=DPSGD(1., 1.), device='cpu')
+                                     | kw).fit(x, y)
+    with pytest.raises(ValueError, match='batch_size must be <= 96'):
+        fit(batch_size=97)
     norm = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 1))
-    with pytest.raises(ValueError, match="layer '1', BatchNorm2d"): fit(module=norm)
+    with pytest.raises(ValueError, match="layer '1', BatchNorm2d"):
+        fit(module=norm)
 
 
-@pytest.mark.parametrize('bad', [dict(max_grad_norm=0.), dict(max_grad_norm=-1.), dict(max_grad_norm=math.nan), dict(max_grad_norm=math.inf),
-                                 dict(noise_multiplier=-.1), dict(noise_multiplier=math.inf), dict(engine='fast')], ids=repr)
+@pytest.mark.parametrize('bad',
+                         [dict(max_grad_norm=0.), dict(max_grad_norm=-1.), dict(max_grad_norm=math.nan),
+                          dict(max_grad_norm=math.inf),
+                          dict(noise_multiplier=-.1), dict(noise_multiplier=math.inf), dict(engine='fast')],
+                         ids=repr)
 def test_bad_settings(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))): DPSGD(**dict(max_grad_norm=1., noise_multiplier=1.) | bad)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        DPSGD(**dict(max_grad_norm=1., noise_multiplier=1.) | bad)
 
 
 @pytest.mark.parametrize('mu', [.01, .3, 1., 5., 30., 300.])
@@ -483,7 +562,8 @@ def test_fixed_batches_against_mpmath(mu, delta):
     import mpmath
     e = gaussian_epsilon(mu, delta)
     with mpmath.workdps(60):
-        d = lambda e: mpmath.ncdf(mpmath.mpf(mu) / 2 - e / mu) - mpmath.exp(e) * mpmath.ncdf(-mpmath.mpf(mu) / 2 - e / mu)
+        d = lambda e: mpmath.ncdf(mpmath.mpf(mu) / 2
+                                  - e / mu) - mpmath.exp(e) * mpmath.ncdf(-mpmath.mpf(mu) / 2 - e / mu)
         assert d(mpmath.mpf(e)) <= delta
         assert e == 0 or d(mpmath.mpf(e) * (1 - mpmath.mpf('1e-6'))) > delta
 
@@ -492,19 +572,26 @@ def test_poisson_accountants_are_opacus():
     accountants = pytest.importorskip('opacus').accountants
     for name, cls in dict(rdp=accountants.RDPAccountant, prv=accountants.PRVAccountant).items():
         assert epsilon(5000, 100, 1, 1.1, accountant=name) <= epsilon(5000, 100, 2, 1.1, accountant=name)
-        assert math.isclose(epsilon(3000, 60, 1, 1.1, delta=1e-5, accountant=name), _of(cls, 1.1, .02, 50, 1e-5), rel_tol=1e-3)
-        assert math.isclose(epsilon(3000, 60, 1, 1.1, delta=1e-5, accountant=name, n_models=2), _of(cls, 1.1, .02, 100, 1e-5), rel_tol=1e-3)
+        assert math.isclose(epsilon(3000, 60, 1, 1.1, delta=1e-5, accountant=name),
+                            _of(cls, 1.1, .02, 50, 1e-5), rel_tol=1e-3)
+        assert math.isclose(epsilon(3000, 60, 1, 1.1, delta=1e-5, accountant=name, n_models=2),
+                            _of(cls, 1.1, .02, 100, 1e-5), rel_tol=1e-3)
 
 
 def _of(cls, noise, rate, steps, delta):
     accountant = cls()
-    for _ in range(steps): accountant.step(noise_multiplier=noise, sample_rate=rate)
+    for _ in range(steps):
+        accountant.step(noise_multiplier=noise, sample_rate=rate)
     return accountant.get_epsilon(delta)
 
 
 def test_without_opacus_the_message_says_what_to_install(monkeypatch):
-    for name in [m for m in sys.modules if m.split('.')[0] == 'opacus']: monkeypatch.setitem(sys.modules, name, None)
+    for name in [m for m in sys.modules if m.split('.')[0] == 'opacus']:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, 'opacus', None)
-    with pytest.raises(ImportError, match='pip install opacus'): epsilon(1000, 100, 2, 1.)
+    with pytest.raises(ImportError, match='pip install opacus'):
+        epsilon(1000, 100, 2, 1.)
     assert epsilon(1000, 100, 2, 1., accountant='fixed') > 0
-    with pytest.raises(ImportError, match="engine='opacus' needs"): DPSGD(1., 1., 'opacus').gradient(Stack(mlp(4)), torch.zeros(1, 2, 4), torch.zeros(2).long(), loss_per_sample, [None])
+    with pytest.raises(ImportError, match="engine='opacus' needs"):
+        DPSGD(1., 1., 'opacus').gradient(Stack(mlp(4)), torch.zeros(1, 2, 4), torch.zeros(2).long(),
+                                         loss_per_sample, [None])

@@ -41,11 +41,13 @@ SETTINGS = dict(epochs=2, batch_size=32, lr=3e-3, device='cpu')
 
 
 def spec(**changes):
-    return TrainSpec(**(dict(module=models.digits_cnn, noise=GaussianNoise(.5), stack=4) | SETTINGS | changes))
+    return TrainSpec(**(dict(module=models.digits_cnn, noise=GaussianNoise(.5), stack=4) | SETTINGS
+                        | changes))
 
 
 def classifier(**changes):
-    settings = dict(module=models.digits_cnn, noise=GaussianNoise(.5), n_estimators=10, stack=4, n_jobs=1) | SETTINGS
+    settings = dict(module=models.digits_cnn, noise=GaussianNoise(.5), n_estimators=10, stack=4,
+                    n_jobs=1) | SETTINGS
     return RABClassifier(**(settings | changes))
 
 
@@ -58,9 +60,11 @@ def plain_loop(net, s, x, y, k):
     flat = torch.from_numpy(x).permute(0, 2, 3, 1).reshape(len(x), -1)
     z = s.noise.sample(flat.shape, generator(s.random_state, 'train-noise', k))
     data = (flat + z).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).contiguous()
-    target, optimiser = torch.from_numpy(np.asarray(y, dtype=np.float32)), torch.optim.Adam(net.parameters(), lr=s.lr)
+    target = torch.from_numpy(np.asarray(y, dtype=np.float32))
+    optimiser = torch.optim.Adam(net.parameters(), lr=s.lr)
     if s.label_noise:
-        flip = torch.rand(len(x), dtype=torch.float64, generator=generator(s.random_state, 'label-noise', k)) < s.label_noise
+        flip = torch.rand(len(x), dtype=torch.float64,
+                          generator=generator(s.random_state, 'label-noise', k)) < s.label_noise
         target[flip] = 1 - target[flip]
     for epoch in range(s.epochs):
         net.train()
@@ -73,13 +77,16 @@ def plain_loop(net, s, x, y, k):
 
 
 def with_batch_norm():
-    "Without a bias in front of the normalisation: its gradient is zero, and Adam would turn rounding errors into steps."
-    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1))
+    """Without a bias in front of the normalisation: its gradient is zero, and Adam would turn rounding errors
+    into steps."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(144, 1))
 
 
 @pytest.mark.parametrize('stack', [1, 3])
 @pytest.mark.parametrize('make, shape', [
-    (models.digits_cnn, (1, 8, 8)), (lambda: models.mlp(64), (1, 8, 8)), (models.photos_cnn, (3, 16, 16)), (models.mnist_cnn, (1, 28, 28)),
+    (models.digits_cnn, (1, 8, 8)), (lambda: models.mlp(64), (1, 8, 8)), (models.photos_cnn, (3, 16, 16)),
+    (models.mnist_cnn, (1, 28, 28)),
     (with_batch_norm, (3, 8, 8)), (lambda: models.small_resnet(norm='group'), (3, 16, 16)),
     (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1)), (1, 8, 8))])
 @pytest.mark.parametrize('changes', [{}, dict(start='shared', label_noise=.3)])
@@ -106,7 +113,9 @@ def test_answers_are_f_at_x_plus_u_with_u_from_the_hash_of_f():
     p = torch.sigmoid(net(torch.from_numpy(X[60:70]) + u))[:, 0].detach().numpy()
     np.testing.assert_allclose(shard['probabilities']['test'][0, :, 1], p, atol=1e-6)
     quiet = train_shard(spec(stack=1, test_noise='none'), X[:50], Y[:50], dict(test=X[60:70]), [0])
-    np.testing.assert_allclose(quiet['probabilities']['test'][0, :, 1], torch.sigmoid(net(torch.from_numpy(X[60:70])))[:, 0].detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(quiet['probabilities']['test'][0, :, 1],
+                               torch.sigmoid(net(torch.from_numpy(X[60:70])))[:, 0].detach().numpy(),
+                               atol=1e-6)
     assert np.abs(quiet['probabilities']['test'] - shard['probabilities']['test']).max() > 1e-3
 
 
@@ -159,7 +168,8 @@ def test_interrupted_and_resumed_is_uninterrupted(monkeypatch):
 
     monkeypatch.setattr(ensemble, 'train_group', interrupted)
     clf = classifier(warm_start=True)
-    with pytest.raises(KeyboardInterrupt): probabilities(clf)
+    with pytest.raises(KeyboardInterrupt):
+        probabilities(clf)
     assert np.array_equal(clf.model_probabilities(X[200:220]), whole[:4])
     assert np.array_equal(probabilities(clf), whole)
     assert len(calls) == 4
@@ -189,7 +199,8 @@ if __name__ == '__main__':
 def test_stop_button_with_worker_processes(tmp_path):
     script = tmp_path / 'interrupted.py'
     script.write_text(INTERRUPTED.format(folder=str(Path(__file__).parent)))
-    run = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True, timeout=600)
+    run = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                         timeout=600)
     assert run.stdout.split('\n')[:2] == ['interrupted', 'True True']
 
 
@@ -220,7 +231,8 @@ def test_snapshots_are_shorter_trainings():
 @pytest.mark.parametrize('noise', [GaussianNoise(.5), UniformNoise(-1., 1.), LaplaceNoise(.3)])
 @pytest.mark.parametrize('whole', [ensemble.WHOLE, 10])
 def test_noise_kept_and_noise_drawn_again_are_the_same_bits(noise, whole, monkeypatch):
-    "Whole draws and one stream per row; the smallest bound holds one batch, and the last batch of an epoch is smaller."
+    """Whole draws and one stream per row; the smallest bound holds one batch, and the last batch of an epoch
+    is smaller."""
     monkeypatch.setattr(ensemble, 'WHOLE', whole)
     s, evals = resolved(spec(noise=noise, label_noise=.2)), dict(test=X[60:70])
     kept = train_shard(s, X[:50], Y[:50], evals, range(4))
@@ -228,7 +240,8 @@ def test_noise_kept_and_noise_drawn_again_are_the_same_bits(noise, whole, monkey
     monkeypatch.setattr(ensemble, 'smoothed_rows', counted := Counted(ensemble.smoothed_rows))
     drawn = train_shard(replace(s, max_memory=need + batch), X[:50], Y[:50], evals, range(4))
     assert counted.calls == 4  # two batches in each of two epochs
-    assert np.array_equal(kept['probabilities']['test'], drawn['probabilities']['test']) and kept['hashes'] == drawn['hashes']
+    assert np.array_equal(kept['probabilities']['test'], drawn['probabilities']['test'])
+    assert kept['hashes'] == drawn['hashes']
 
 
 class Counted:
@@ -252,8 +265,11 @@ def test_max_memory_is_no_part_of_a_runs_identity():
     assert np.array_equal(probabilities(bounded), probabilities(classifier()))
     assert bounded.spec_.max_memory == 10**7
     for bad in (0, -1, 1.5, '2GB'):
-        with pytest.raises(ValueError, match='max_memory'): spec(max_memory=bad)
-    with pytest.raises(ValueError, match=r'more than max_memory = 1,000; allow more, or give a smaller stack'): probabilities(classifier(max_memory=1000))
+        with pytest.raises(ValueError, match='max_memory'):
+            spec(max_memory=bad)
+    with pytest.raises(ValueError,
+                       match=r'more than max_memory = 1,000; allow more, or give a smaller stack'):
+        probabilities(classifier(max_memory=1000))
 
 
 PEAK = """
@@ -277,34 +293,47 @@ for limit in (None, need + 2 * batch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='reads the peak memory from /proc')
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK),
+                    reason='reads the peak memory from /proc')
 @pytest.mark.parametrize('module, stack, n, shape, batch_size', [
-    ('models.mnist_cnn', 8, 600, (1, 28, 28), 128), ('lambda: models.mlp(784, width=8)', 10, 10_000, (1, 28, 28), 256),
+    ('models.mnist_cnn', 8, 600, (1, 28, 28), 128),
+    ('lambda: models.mlp(784, width=8)', 10, 10_000, (1, 28, 28), 256),
     ('models.small_resnet', 3, 400, (3, 32, 32), 64)])
 def test_peak_memory_is_what_was_estimated_and_allowed(module, stack, n, shape, batch_size):
-    "Within a factor of two, and for a data set whose noise is most of it, the bound halves the peak at least."
-    script = PEAK.format(folder=str(Path(__file__).parent), module=module, stack=stack, n=n, shape=shape, batch_size=batch_size)
-    run = subprocess.run([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True, timeout=600, check=True)
+    """Within a factor of two, and for a data set whose noise is most of it, the bound halves the peak at
+    least."""
+    script = PEAK.format(folder=str(Path(__file__).parent), module=module, stack=stack, n=n, shape=shape,
+                         batch_size=batch_size)
+    run = subprocess.run([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True, timeout=600,
+                         check=True)
     (peak, estimate), (bounded, limit) = (map(int, line.split()) for line in run.stdout.splitlines())
     assert estimate / 2 < peak < 2 * estimate and bounded < 2 * limit
-    if n == 10_000: assert bounded < peak / 2
+    if n == 10_000:
+        assert bounded < peak / 2
 
 
 def test_too_little_memory_names_the_remedies(monkeypatch):
     def full(*args): raise error
     monkeypatch.setattr(ensemble, 'train', full)
-    for error in (torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()):
-        with pytest.raises(MemoryError, match='4 models side by side do not fit on cpu; give a smaller stack, or max_memory'): train_shard(spec(), X[:50], Y[:50], {}, [0])
+    for error in (torch.OutOfMemoryError('CUDA out of memory'),  # noqa: B007 (`full` raises it)
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()):
+        with pytest.raises(MemoryError,
+                           match='4 models side by side do not fit on cpu; give a smaller stack, or '
+                           'max_memory'):
+            train_shard(spec(), X[:50], Y[:50], {}, [0])
     error = RuntimeError('something else')
-    with pytest.raises(RuntimeError, match='something else'): train_shard(spec(), X[:50], Y[:50], {}, [0])
+    with pytest.raises(RuntimeError, match='something else'):
+        train_shard(spec(), X[:50], Y[:50], {}, [0])
 
 
 @pytest.mark.parametrize('module, shape, gigabytes, expected', [
     (models.mnist_cnn, (12_665, 1, 28, 28), 80, 50), (models.preact_resnet, (10_000, 3, 32, 32), 80, 25),
-    (models.preact_resnet, (10_000, 3, 32, 32), 10, 5), (models.mnist_cnn, None, 80, 50), (models.mnist_cnn, None, 1, 5)])
+    (models.preact_resnet, (10_000, 3, 32, 32), 10, 5), (models.mnist_cnn, None, 80, 50),
+    (models.mnist_cnn, None, 1, 5)])
 def test_automatic_stack_of_a_gpu_follows_its_total_memory(module, shape, gigabytes, expected, monkeypatch):
     "At the batch sizes of the paper; the measured need of 25 preact_resnets is about 20 GB."
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gigabytes * 10**9))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda device: SimpleNamespace(total_memory=gigabytes * 10**9))
     s = spec(module=module, device='cuda', batch_size=128 if module is models.mnist_cnn else 64)
     size = sum(p.numel() for p in module().parameters())
     assert ensemble.auto_stack(s, size, shape) == expected
@@ -312,10 +341,14 @@ def test_automatic_stack_of_a_gpu_follows_its_total_memory(module, shape, gigaby
 
 def test_a_large_network_at_224_pixels_is_not_stacked_on_any_gpu_of_today(monkeypatch):
     "Its activations decide, not its weights."
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=141 * 10**9))
-    layers = [nn.Conv2d(3, 32, 7, 2, 3), *(layer for _ in range(4) for layer in (nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)))]
-    s = spec(module=lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 1)), device='cuda', batch_size=64)
-    assert ensemble.auto_stack(s, 41_761, (20_000, 3, 224, 224)) in (1, 5) and ensemble.auto_stack(s, 41_761) == 50
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda device: SimpleNamespace(total_memory=141 * 10**9))
+    layers = [nn.Conv2d(3, 32, 7, 2, 3),
+              *(layer for _ in range(4) for layer in (nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)))]
+    s = spec(module=lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 1)),
+             device='cuda', batch_size=64)
+    assert ensemble.auto_stack(s, 41_761, (20_000, 3, 224, 224)) in (1, 5)
+    assert ensemble.auto_stack(s, 41_761) == 50
 
 
 def test_read_only_arrays_are_copied_in_silence(tmp_path):
@@ -326,7 +359,8 @@ def test_read_only_arrays_are_copied_in_silence(tmp_path):
         clf = classifier().fit(x, y, dict(test=x))
         p = clf.model_probabilities(x)
         clf.save(tmp_path / 'a.safetensors')
-        assert np.array_equal(RABClassifier.load(tmp_path / 'a.safetensors', models.digits_cnn).model_probabilities(x), p)
+        loaded = RABClassifier.load(tmp_path / 'a.safetensors', models.digits_cnn)
+        assert np.array_equal(loaded.model_probabilities(x), p)
         train_shard(spec(dp=DPSGD(1., 1.)), x, y, dict(test=x), [0])
     assert np.array_equal(clf.model_probabilities('test'), p)
 
@@ -339,8 +373,10 @@ class Mixing(nn.Module):
     def forward(self, x): return self.how(x.flatten(1))
 
 
-@pytest.mark.parametrize('how', [lambda x: x - x.mean(0), lambda x: x.view(4, -1), lambda x: x[[3, 2, 1, 0]], lambda x: x * x[:4].abs().sum(0),
-                                 lambda x: x if len(x) == 4 else 1 / 0 * x, lambda x: x[:4]])
+@pytest.mark.parametrize('how',
+                         [lambda x: x - x.mean(0), lambda x: x.view(4, -1), lambda x: x[[3, 2, 1, 0]],
+                          lambda x: x * x[:4].abs().sum(0),
+                          lambda x: x if len(x) == 4 else 1 / 0 * x, lambda x: x[:4]])
 @pytest.mark.parametrize('scale', [1., 1e30])
 def test_a_module_that_mixes_samples_is_named(how, scale):
     with pytest.raises(ValueError, match=r'cannot stack 0 \(Mixing\)'):
@@ -354,7 +390,8 @@ def test_odd_values_are_not_taken_for_mixing(value):
     check_independence(models.digits_cnn(), x)
     check_independence(with_batch_norm(), torch.full((4, 3, 8, 8), value))
     holed = np.where(np.arange(50)[:, None, None, None] == 7, np.float32(np.nan), X[:50])
-    with pytest.raises(ValueError, match='diverged'): train_shard(spec(), holed, Y[:50], {}, [0])
+    with pytest.raises(ValueError, match='diverged'):
+        train_shard(spec(), holed, Y[:50], {}, [0])
 
 
 def test_save_and_load(tmp_path):
@@ -364,11 +401,13 @@ def test_save_and_load(tmp_path):
     back = RABClassifier.load(path, models.digits_cnn)
     assert np.array_equal(back.model_probabilities(X[200:220]), p)
     assert repr(back.noise) == repr(clf.noise) and np.array_equal(back.predict(X), clf.predict(X))
-    with pytest.raises(ValueError, match='module has'): RABClassifier.load(path, lambda: models.mlp(64))
+    with pytest.raises(ValueError, match='module has'):
+        RABClassifier.load(path, lambda: models.mlp(64))
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match='damaged'): RABClassifier.load(path, models.digits_cnn)
+    with pytest.raises(ValueError, match='damaged'):
+        RABClassifier.load(path, models.digits_cnn)
 
 
 def test_a_loaded_private_ensemble_is_still_private(tmp_path):
@@ -376,7 +415,8 @@ def test_a_loaded_private_ensemble_is_still_private(tmp_path):
     classifier(dp=dp).fit(X[:50], Y[:50]).save(path)
     assert clone(RABClassifier.load(path, models.digits_cnn, dp=dp)).dp == dp
     for other in (None, DPSGD(1., .6)):
-        with pytest.raises(ValueError, match=r'were trained with dp=DPSGD\(.*noise_multiplier=0.5'): RABClassifier.load(path, models.digits_cnn, dp=other)
+        with pytest.raises(ValueError, match=r'were trained with dp=DPSGD\(.*noise_multiplier=0.5'):
+            RABClassifier.load(path, models.digits_cnn, dp=other)
 
 
 def test_warm_start_trains_again_what_was_not_kept():
@@ -393,7 +433,8 @@ class Tied(nn.Module):
         self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 1)
         self.b.weight, self.again = self.a.weight, self.a
 
-    def forward(self, x): return self.c(torch.relu(self.again(torch.relu(self.b(torch.relu(self.a(x.flatten(1))))))))
+    def forward(self, x):
+        return self.c(torch.relu(self.again(torch.relu(self.b(torch.relu(self.a(x.flatten(1))))))))
 
 
 @pytest.mark.parametrize('stack', [1, 3])
@@ -401,8 +442,11 @@ def test_shared_parameters_stay_shared(stack):
     s = resolved(spec(module=Tied, stack=stack, precision='float32'))
     trained = ensemble.train(s, X[:50], Y[:50], range(stack))
     plain, x = plain_loop(ensemble.initial_module(Tied, 0), s, X[:50], Y[:50], 0), torch.from_numpy(X[:5])
-    for name, weight in plain.named_parameters(): torch.testing.assert_close(trained.weights[name].detach().reshape(-1, *weight.shape)[0], weight.detach(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(trained(x.expand(stack, *x.shape))[0].detach(), plain(x).detach(), atol=1e-3, rtol=0)
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(trained.weights[name].detach().reshape(-1, *weight.shape)[0],
+                                   weight.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained(x.expand(stack, *x.shape))[0].detach(), plain(x).detach(), atol=1e-3,
+                               rtol=0)
 
 
 def test_without_models_only_the_outputs_are_kept():
@@ -410,20 +454,26 @@ def test_without_models_only_the_outputs_are_kept():
     p = clf.fit(X[:100], Y[:100], eval_sets=dict(test=X[200:220])).model_probabilities('test')
     assert np.array_equal(p, probabilities(classifier(n_estimators=20)))
     assert len(clf.certify('test').prediction) == 20
-    with pytest.raises(ValueError, match='keep_models=False'): clf.predict(X[200:220])
-    with pytest.raises(ValueError, match="no evaluation set 'other'"): clf.predict('other')
-    with pytest.raises(ValueError, match='eval_sets'): clf.fit(X[:100], Y[:100])
+    with pytest.raises(ValueError, match='keep_models=False'):
+        clf.predict(X[200:220])
+    with pytest.raises(ValueError, match="no evaluation set 'other'"):
+        clf.predict('other')
+    with pytest.raises(ValueError, match='eval_sets'):
+        clf.fit(X[:100], Y[:100])
 
 
 def test_more_than_two_classes_and_string_labels():
     x, y = digits(3)
     names = np.array(['zero', 'one', 'two'])[y]
-    clf = classifier(module=lambda: models.digits_cnn(n_outputs=3), epochs=8, lr=1e-2).fit(x[:300], names[:300])
+    clf = classifier(module=lambda: models.digits_cnn(n_outputs=3), epochs=8,
+                     lr=1e-2).fit(x[:300], names[:300])
     p = clf.model_probabilities(x[300:])
     assert p.shape[2] == 3 and np.allclose(p.sum(2), 1, atol=1e-5)
     assert clf.score(x[300:], names[300:]) > .85 and set(clf.predict(x[300:])) <= set(names)
-    with pytest.raises(ValueError, match='outputs of shape'): classifier().fit(x, y)
-    with pytest.raises(ValueError, match=r'outputs of shape \(2, 3\) for 3 classes'): train_shard(spec(n_classes=3), x, y, {}, [0])
+    with pytest.raises(ValueError, match='outputs of shape'):
+        classifier().fit(x, y)
+    with pytest.raises(ValueError, match=r'outputs of shape \(2, 3\) for 3 classes'):
+        train_shard(spec(n_classes=3), x, y, {}, [0])
 
 
 def test_scikit_learn_conventions():
@@ -441,28 +491,37 @@ def test_scikit_learn_conventions():
 @pytest.mark.parametrize('dtype', [np.uint8, np.int32, np.float64, bool])
 def test_other_types_are_used_as_they_are(dtype):
     x = (16 * X).astype(dtype)
-    a = classifier(noise=UniformNoise(-1., 1.)).fit(x[:100], Y[:100]).model_probabilities(x[200:])
-    b = classifier(noise=UniformNoise(-1., 1.)).fit(x[:100].astype(np.float32), Y[:100]).model_probabilities(x[200:].astype(np.float32))
+    trained = lambda x: classifier(noise=UniformNoise(-1., 1.)).fit(x[:100], Y[:100])
+    a, b = (trained(v).model_probabilities(v[200:]) for v in (x, x.astype(np.float32)))
     assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(epochs=0), 'epochs'), (dict(epochs=1.5), 'epochs'), (dict(batch_size=-1), 'batch_size'), (dict(lr=0), 'lr'), (dict(lr='fast'), 'lr'),
-    (dict(precision='half'), 'precision'), (dict(stack=0), 'stack'), (dict(n_estimators=0), 'n_estimators'), (dict(test_noise='maybe'), 'test_noise'),
-    (dict(noise=1.), 'noise'), (dict(module=3), 'module'), (dict(module=lambda: 3), 'must return an nn.Module'), (dict(module=nn.Flatten()), 'no trainable')])
+    (dict(epochs=0), 'epochs'), (dict(epochs=1.5), 'epochs'), (dict(batch_size=-1), 'batch_size'),
+    (dict(lr=0), 'lr'), (dict(lr='fast'), 'lr'),
+    (dict(precision='half'), 'precision'), (dict(stack=0), 'stack'), (dict(n_estimators=0), 'n_estimators'),
+    (dict(test_noise='maybe'), 'test_noise'),
+    (dict(noise=1.), 'noise'), (dict(module=3), 'module'),
+    (dict(module=lambda: 3), 'must return an nn.Module'), (dict(module=nn.Flatten()), 'no trainable')])
 def test_bad_settings(change, message):
-    with pytest.raises(ValueError, match=message): classifier(**change).fit(X[:50], Y[:50])
+    with pytest.raises(ValueError, match=message):
+        classifier(**change).fit(X[:50], Y[:50])
 
 
 def test_bad_data():
     holes = X[:50].copy()
     holes[3, 0, 0, 0] = np.nan
-    for x, y, message in [(holes, Y[:50], 'NaN'), (X[:50], Y[:49], 'one label for each'), (X[:50], np.zeros(50), 'two classes'),
-                          (X[:50].astype(str), Y[:50], 'numeric'), (X[:0], Y[:0], 'non-empty'), (X[:50], np.full(50, np.nan), 'NaN')]:
-        with pytest.raises(ValueError, match=message): classifier().fit(x, y)
+    for x, y, message in [(holes, Y[:50], 'NaN'), (X[:50], Y[:49], 'one label for each'),
+                          (X[:50], np.zeros(50), 'two classes'),
+                          (X[:50].astype(str), Y[:50], 'numeric'), (X[:0], Y[:0], 'non-empty'),
+                          (X[:50], np.full(50, np.nan), 'NaN')]:
+        with pytest.raises(ValueError, match=message):
+            classifier().fit(x, y)
     clf = classifier().fit(X[:50], Y[:50])
-    with pytest.raises(ValueError, match=r'trained on inputs of shape \(1, 8, 8\)'): clf.predict(X[:5, :, :7])
-    with pytest.raises(ValueError, match='diverged'): classifier(lr=1e30).fit(X[:50], Y[:50])
+    with pytest.raises(ValueError, match=r'trained on inputs of shape \(1, 8, 8\)'):
+        clf.predict(X[:5, :, :7])
+    with pytest.raises(ValueError, match='diverged'):
+        classifier(lr=1e30).fit(X[:50], Y[:50])
 
 
 class Constant(nn.Module):
@@ -476,41 +535,53 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize('stack', [1, 3])
-@pytest.mark.parametrize('make', [models.digits_cnn, Constant, lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1))])
+@pytest.mark.parametrize('make',
+                         [models.digits_cnn, Constant,
+                          lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 1))])
 def test_where_models_start(make, stack):
-    "Steps too small to move a weight leave the start: the model's own, that of model 0, or that of the module."
+    """Steps too small to move a weight leave the start: the model's own, that of model 0, or that of the
+    module."""
     def weights(**changes):
-        shard = train_shard(spec(**(dict(module=make, stack=stack, lr=1e-30, epochs=1) | changes)), X[:50], Y[:50], {}, range(4), keep_models=True)
+        shard = train_shard(spec(**(dict(module=make, stack=stack, lr=1e-30, epochs=1) | changes)), X[:50],
+                            Y[:50], {}, range(4), keep_models=True)
         return [{name: v[k] for name, v in shard['models'].items()} for k in range(4)]
 
     def start(k, seed=0):
-        with global_stream(seed, 'start', k): return {k: v.numpy() for k, v in make().state_dict().items()}
+        with global_stream(seed, 'start', k):
+            return {k: v.numpy() for k, v in make().state_dict().items()}
 
-    same = lambda a, b: a.keys() == b.keys() and all(np.allclose(a[name], b[name], rtol=0, atol=1e-20) for name in a)
+    close = lambda a, b: np.allclose(a, b, rtol=0, atol=1e-20)
+    same = lambda a, b: a.keys() == b.keys() and all(close(a[name], b[name]) for name in a)
     assert all(same(w, start(k)) for k, w in enumerate(weights()))
     assert all(same(w, start(k, 7)) for k, w in enumerate(weights(random_state=7)))
     assert all(same(w, start(0)) for w in weights(start='shared'))
     module = make()
-    assert all(same(w, {k: v.numpy() for k, v in module.state_dict().items()}) for w in weights(module=module))
+    assert all(same(w, {k: v.numpy() for k, v in module.state_dict().items()})
+               for w in weights(module=module))
     assert not same(start(0), start(1))
 
 
-@pytest.mark.parametrize('change', [{}, dict(start='shared'), dict(label_noise=.3), dict(dp=DPSGD(1., .5)), dict(test_sigma=.1), dict(module=models.digits_cnn())])
+@pytest.mark.parametrize('change',
+                         [{}, dict(start='shared'), dict(label_noise=.3), dict(dp=DPSGD(1., .5)),
+                          dict(test_sigma=.1), dict(module=models.digits_cnn())])
 def test_a_model_does_not_depend_on_those_beside_it(change):
     "Up to rounding: the stack decides about the order of sums."
     evals, base = dict(test=X[200:220]), dict(precision='float32') | change
     alone = train_shard(spec(stack=1, **base), X[:100], Y[:100], evals, [5, 2])['probabilities']['test']
     for stack in (2, 3, 6):
-        beside = train_shard(spec(stack=stack, **base), X[:100], Y[:100], evals, [5, 2])['probabilities']['test']
+        beside = train_shard(spec(stack=stack, **base), X[:100], Y[:100], evals,
+                             [5, 2])['probabilities']['test']
         assert np.abs(beside - alone).max() < 2e-3 < np.abs(alone[0] - alone[1]).max()
 
 
 def test_model_0_is_the_same_with_shared_and_with_own_starts():
-    own, shared = (train_shard(spec(stack=1, start=start), X[:50], Y[:50], dict(test=X[60:70]), [0, 1]) for start in ('own', 'shared'))
+    own, shared = (train_shard(spec(stack=1, start=start), X[:50], Y[:50], dict(test=X[60:70]), [0, 1])
+                   for start in ('own', 'shared'))
     assert own['hashes'][0] == shared['hashes'][0] and own['hashes'][1] != shared['hashes'][1]
 
 
-def dropped_out(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 1))
+def dropped_out():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 1))
 
 
 class Noisy(nn.Module):
@@ -559,27 +630,34 @@ def test_models_learn_the_labels_that_they_are_given(monkeypatch):
     monkeypatch.setattr(ensemble, 'noisy_labels', lambda s, y, k: 1 - y if k % 2 else y)
     settings = dict(epochs=6, lr=1e-2, noise=GaussianNoise(.2), test_noise='none')
     for stack in (1, 4):
-        p = train_shard(spec(stack=stack, **settings), X[:200], Y[:200], dict(test=X[200:]), range(4))['probabilities']['test']
+        p = train_shard(spec(stack=stack, **settings), X[:200], Y[:200], dict(test=X[200:]),
+                        range(4))['probabilities']['test']
         right = (p.argmax(2) == Y[200:]).mean(1)
         assert right[::2].min() > .9 and right[1::2].max() < .1
 
 
-@pytest.mark.parametrize('change, law', [({}, GaussianNoise(.5)), (dict(test_sigma=.2), GaussianNoise(.2)), (dict(noise=UniformNoise(-1., 1.)), UniformNoise(-1., 1.)),
-                                         (dict(noise=LaplaceNoise(1.), test_sigma=2), GaussianNoise(2.)), (dict(test_sigma=0), None), (dict(test_noise='none'), None)])
+@pytest.mark.parametrize('change, law',
+                         [({}, GaussianNoise(.5)), (dict(test_sigma=.2), GaussianNoise(.2)),
+                          (dict(noise=UniformNoise(-1., 1.)), UniformNoise(-1., 1.)),
+                          (dict(noise=LaplaceNoise(1.), test_sigma=2), GaussianNoise(2.)),
+                          (dict(test_sigma=0), None), (dict(test_noise='none'), None)])
 def test_what_u_is_drawn_from(change, law):
     s = spec(**change)
     u = ensemble.draw_u(s, 300, range(40), ['00'] * 40)[:, 0].numpy().astype(float)
     if law is None: return np.testing.assert_array_equal(u, 0)
-    cdf = {'GaussianNoise': lambda: stats.norm(0, law.sigma).cdf, 'UniformNoise': lambda: stats.uniform(-1, 2).cdf}[type(law).__name__]()
+    cdf = {'GaussianNoise': lambda: stats.norm(0, law.sigma).cdf,
+           'UniformNoise': lambda: stats.uniform(-1, 2).cdf}[type(law).__name__]()
     assert stats.kstest(u.ravel(), cdf).pvalue > 1e-3
     assert np.abs(np.corrcoef(u) - np.eye(40)).max() < .3 and len(np.unique(u[:, 0])) == 40
     assert np.array_equal(u[3:5], ensemble.draw_u(s, 300, [3, 4], ['aa', 'bb'])[:, 0].numpy())
 
 
 def test_u_of_a_stream_does_not_depend_on_the_trained_model():
-    a, b = (train_shard(spec(stack=1, lr=lr, test_noise=kind), X[:50], Y[:50], {}, [0], keep_models=True) for lr, kind in ((1e-3, 'stream'), (2e-3, 'stream')))
+    a, b = (train_shard(spec(stack=1, lr=lr, test_noise=kind), X[:50], Y[:50], {}, [0], keep_models=True)
+            for lr, kind in ((1e-3, 'stream'), (2e-3, 'stream')))
     assert a['hashes'] != b['hashes']
-    p = [train_shard(spec(stack=1, lr=1e-30, epochs=1, test_noise=kind, module=models.digits_cnn()), X[:50], Y[:50], dict(t=X[60:70]), range(3)) for kind in ('stream', 'none')]
+    p = [train_shard(spec(stack=1, lr=1e-30, epochs=1, test_noise=kind, module=models.digits_cnn()), X[:50],
+                     Y[:50], dict(t=X[60:70]), range(3)) for kind in ('stream', 'none')]
     assert np.abs(p[0]['probabilities']['t'] - p[1]['probabilities']['t']).max() > 1e-3
 
 
@@ -590,7 +668,8 @@ class Fragile(nn.Module):
         self.linear = nn.Linear(64, 1)
 
     def forward(self, x):
-        return self.linear(x.flatten(1)) * torch.where(self.linear.weight[..., :1].mean() > FRAGILE, torch.nan, 1.)
+        broken = self.linear.weight[..., :1].mean() > FRAGILE
+        return self.linear(x.flatten(1)) * torch.where(broken, torch.nan, 1.)
 
 
 FRAGILE = .0
@@ -604,7 +683,9 @@ def test_models_that_diverged_stay_with_the_worst_answer(stack, monkeypatch):
     s = spec(module=Fragile, stack=1, lr=1e-12)
     shard = train_shard(s, *train, evals, range(12))
     p = shard['probabilities']['test']
-    assert shard['diverged'] == sum(lost) and np.array_equal(np.isnan(p).all((1, 2)), lost) and np.array_equal(np.isnan(p).any((1, 2)), lost)
+    assert shard['diverged'] == sum(lost)
+    assert np.array_equal(np.isnan(p).all((1, 2)), lost)
+    assert np.array_equal(np.isnan(p).any((1, 2)), lost)
     assert train_shard(s, *train, evals, [k for k in range(12) if not lost[k]])['diverged'] == 0
     first, other = lost.index(True), lost.index(False)
     assert np.isnan(train_shard(s, *train, evals, [first, other])['probabilities']['test'][0]).all()
@@ -626,28 +707,34 @@ def test_certificates_hold_whatever_a_lost_model_would_have_said(n_classes, vote
         with pytest.warns(UserWarning, match=f'{lost} of 600 models have no finite answer'):
             worst = ensemble.certify_worst(holes, GaussianNoise(1.), bound=bound, votes=votes)
         for trial in range(n_classes + 3):
-            p[at] = np.eye(n_classes)[trial] if trial < n_classes else rng.dirichlet([1.] * n_classes, (lost, 40))
+            p[at] = np.eye(n_classes)[trial] if trial < n_classes else rng.dirichlet(
+                [1.] * n_classes, (lost, 40))
             best = ensemble.certify(p, GaussianNoise(1.), bound=bound, votes=votes)
             sure = worst.prediction >= 0
-            assert (best.prediction[sure] == worst.prediction[sure]).all() and (best.radius[sure] >= worst.radius[sure] - 1e-9).all()
-        if lost == 1: assert (worst.prediction >= 0).any()
+            assert (best.prediction[sure] == worst.prediction[sure]).all()
+            assert (best.radius[sure] >= worst.radius[sure] - 1e-9).all()
+        if lost == 1:
+            assert (worst.prediction >= 0).any()
         if bound == 'hoeffding':  # no more is given away than the worst completion takes
             rival = 1 - np.maximum(worst.prediction, 0) if n_classes == 2 else None
             if rival is not None:
                 p[at] = np.eye(2)[rival]
-                np.testing.assert_allclose(ensemble.certify(p, GaussianNoise(1.), bound=bound, votes=votes).radius[sure], worst.radius[sure], atol=1e-12)
+                given = ensemble.certify(p, GaussianNoise(1.), bound=bound, votes=votes)
+                np.testing.assert_allclose(given.radius[sure], worst.radius[sure], atol=1e-12)
 
 
 def test_a_classifier_with_lost_models(tmp_path):
     p = probabilities(clf := classifier(n_estimators=30, epochs=6, lr=1e-2))
-    for g in (1, 3): clf.groups_[g]['models']['0.weight'][2] = np.nan
+    for g in (1, 3):
+        clf.groups_[g]['models']['0.weight'][2] = np.nan
     holes = clf.model_probabilities(X[200:220])
     assert np.isnan(holes[[6, 14]]).all() and np.isnan(holes).sum() == 2 * 20 * 2
     healthy = [k for k in range(30) if k not in (6, 14)]
     assert np.array_equal(holes[healthy], p[healthy])
     np.testing.assert_allclose(clf.predict_proba(X[200:220]), p[healthy].mean(0), atol=1e-6)
     assert np.array_equal(clf.predict(X[200:220]), p[healthy].mean(0).argmax(1))
-    with pytest.warns(UserWarning, match='2 of 30 models'): certificate = clf.certify(X[200:220])
+    with pytest.warns(UserWarning, match='2 of 30 models'):
+        certificate = clf.certify(X[200:220])
     whole = ensemble.certify(p, clf.noise_)
     assert (certificate.p_a <= whole.p_a + 1e-6).all() and certificate.n_models == 30
     with warnings.catch_warnings():
@@ -657,13 +744,18 @@ def test_a_classifier_with_lost_models(tmp_path):
 
 def test_all_models_diverge():
     for stack in (1, 4):
-        with pytest.raises(ValueError, match='diverged for all of the first .* smaller lr than 1e'): classifier(lr=1e30, stack=stack).fit(X[:50], Y[:50])
-        with pytest.raises(ValueError, match='diverged'): train_shard(spec(lr=1e30, stack=stack), X[:50], Y[:50], {}, range(4))
+        with pytest.raises(ValueError, match='diverged for all of the first .* smaller lr than 1e'):
+            classifier(lr=1e30, stack=stack).fit(X[:50], Y[:50])
+        with pytest.raises(ValueError, match='diverged'):
+            train_shard(spec(lr=1e30, stack=stack), X[:50], Y[:50], {}, range(4))
         late = train_shard(spec(lr=1e30, stack=stack), X[:50], Y[:50], dict(t=X[60:70]), range(4, 8))
-        assert late['diverged'] == 4 and np.isnan(late['probabilities']['t']).all() and len(late['hashes']) == 4
+        assert late['diverged'] == 4
+        assert np.isnan(late['probabilities']['t']).all()
+        assert len(late['hashes']) == 4
 
 
-NETWORKS = [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)), (models.small_resnet, (3, 32, 32)), (lambda: models.small_resnet(norm='group'), (3, 32, 32)),
+NETWORKS = [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)),
+            (models.small_resnet, (3, 32, 32)), (lambda: models.small_resnet(norm='group'), (3, 32, 32)),
             (models.preact_resnet, (3, 32, 32)), (lambda: models.mlp(64), (1, 8, 8))]
 
 
@@ -673,10 +765,13 @@ def test_a_step_asks_the_device_for_no_number(make, shape, stack):
     "On the device `meta` there are none."
     s = spec(module=make, precision='float32')
     net, d = ensemble.Stack(make(), stack, 'meta'), int(np.prod(shape))
-    slab, targets = torch.zeros(stack * 20, d, device='meta'), torch.zeros(stack * 20, dtype=torch.int64, device='meta')
+    slab, targets = torch.zeros(stack * 20, d,
+                                device='meta'), torch.zeros(stack * 20, dtype=torch.int64, device='meta')
     step = ensemble.training_step(s, net, shape, range(stack), slab, targets)
-    for b in (5, 2): step(torch.zeros(stack * b, dtype=torch.int64, device='meta'), 1)
-    with pytest.raises((RuntimeError, NotImplementedError)): net.flat.sum().item()
+    for b in (5, 2):
+        step(torch.zeros(stack * b, dtype=torch.int64, device='meta'), 1)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        net.flat.sum().item()
 
 
 @pytest.mark.parametrize('how', ['kept', 'refused'])
@@ -688,7 +783,8 @@ def test_recorded_steps_are_the_steps(how, change, monkeypatch):
         made.append(function)
         if how == 'refused': raise RuntimeError('operation not permitted when stream is capturing')
         return function
-    if 'max_memory' in change: change = dict(max_memory=ensemble.group_bytes(resolved(spec()), 100, (1, 8, 8)) + 4 * 4 * 32 * 64)
+    if 'max_memory' in change:
+        change = dict(max_memory=ensemble.group_bytes(resolved(spec()), 100, (1, 8, 8)) + 4 * 4 * 32 * 64)
     s = resolved(spec(epochs=4, **change))
     plain = train_shard(s, X[:100], Y[:100], {}, range(4))['hashes']
     monkeypatch.setattr(ensemble, '_may_record', lambda *args: True)
@@ -699,13 +795,16 @@ def test_recorded_steps_are_the_steps(how, change, monkeypatch):
 
 def flags():
     b = torch.backends
-    parts = [b.cuda.matmul, *(getattr(o, n, None) for o in (b.cudnn, b.mkldnn) for n in ('conv', 'rnn', 'matmul'))]
+    parts = [b.cuda.matmul,
+             *(getattr(o, n, None) for o in (b.cudnn, b.mkldnn) for n in ('conv', 'rnn', 'matmul'))]
     return [getattr(p, 'fp32_precision', None) for p in parts] + [b.cudnn.deterministic, b.cudnn.benchmark]
 
 
 @pytest.mark.parametrize('change', [
-    "torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.benchmark = True",
-    "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'", "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", 'pass'])
+    "torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.benchmark = True",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", 'pass'])
 def test_float32_is_float32_and_the_flags_come_back(change):
     "In a process of its own: torch refuses some mixtures of its two interfaces for good."
     code = f"""
@@ -714,19 +813,23 @@ before = train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))[
 {change}
 theirs, seen, real = flags(), [], ensemble.gradient
 def watched(*args):
-    seen.append((flags(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    seen.append((flags(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+                 torch.backends.cuda.matmul.allow_tf32))
     return real(*args)
 ensemble.gradient = watched
 assert train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes'] == before
 assert flags() == theirs, (flags(), theirs)
-assert all(v in ('ieee', None) for v in seen[0][0][:-2]) and seen[0][0][-2:] == [True, False] and seen[0][1:] == ('highest', False, False), seen[0]
+assert all(v in ('ieee', None) for v in seen[0][0][:-2]), seen[0]
+assert seen[0][0][-2:] == [True, False] and seen[0][1:] == ('highest', False, False), seen[0]
 try:
     with ensemble.exact_float32(): raise KeyError
 except KeyError: pass
 assert flags() == theirs
 """
-    run = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
-    if 'has no attribute' in run.stderr and 'fp32_precision' in change: pytest.skip('this version of torch has one interface only')
+    run = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, capture_output=True,
+                         text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    if 'has no attribute' in run.stderr and 'fp32_precision' in change:
+        pytest.skip('this version of torch has one interface only')
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -740,7 +843,9 @@ def test_making_modules_leaves_the_callers_generators_alone():
 
 def test_networks_of_several_kinds_are_not_stacked():
     widths = iter([8, 8, 8, 16, 8, 8, 8, 16] * 20)
-    with pytest.raises(ValueError, match='one architecture'): train_shard(spec(module=lambda: models.digits_cnn(width=next(widths)), stack=4), X[:50], Y[:50], {}, range(4))
+    with pytest.raises(ValueError, match='one architecture'):
+        train_shard(spec(module=lambda: models.digits_cnn(width=next(widths)), stack=4), X[:50], Y[:50], {},
+                    range(4))
 
 
 @dataclass(frozen=True)
@@ -753,28 +858,41 @@ def test_a_new_option_renames_no_run():
     assert ensemble.identity(later) == ensemble.identity(spec())
     assert ensemble.identity(replace(later, option='other')) != ensemble.identity(later)
     assert ensemble.identity(spec())['engine'] == ensemble.ENGINE
-    assert 'start' not in ensemble.identity(spec()) and ensemble.identity(spec(start='shared'))['start'] == 'shared'
-    names = [ensemble.identity(spec(**c)) for c in ({}, dict(start='shared'), dict(test_noise='hash'), dict(test_noise='none'), dict(test_sigma=.1), dict(test_sigma=0.),
-                                                    dict(label_noise=.1), dict(random_state=1), dict(lr=1e-4), dict(noise=GaussianNoise(1.)), dict(dp=DPSGD(1., 1.)), dict(module=models.mnist_cnn))]
+    assert 'start' not in ensemble.identity(spec())
+    assert ensemble.identity(spec(start='shared'))['start'] == 'shared'
+    names = [ensemble.identity(spec(**c))
+             for c in ({}, dict(start='shared'), dict(test_noise='hash'), dict(test_noise='none'),
+                       dict(test_sigma=.1), dict(test_sigma=0.),
+                       dict(label_noise=.1), dict(random_state=1), dict(lr=1e-4),
+                       dict(noise=GaussianNoise(1.)), dict(dp=DPSGD(1., 1.)), dict(module=models.mnist_cnn))]
     assert len({json.dumps(name, sort_keys=True) for name in names}) == len(names)
-    for c in (dict(stack=7), dict(precision='bf16'), dict(max_memory=10**9)): assert ensemble.identity(spec(**c)) == ensemble.identity(spec())
+    for c in (dict(stack=7), dict(precision='bf16'), dict(max_memory=10**9)):
+        assert ensemble.identity(spec(**c)) == ensemble.identity(spec())
     assert ensemble.identity(spec(epochs=np.int64(2), lr=np.float64(3e-3))) == ensemble.identity(spec())
     assert ensemble.machine(spec(precision='float32')) == dict(device='cpu', precision='float32', stack=4)
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(start='mine'), 'start'), (dict(test_noise='random'), 'test_noise'), (dict(test_sigma=-1.), 'test_sigma'), (dict(test_sigma=float('nan')), 'test_sigma'), (dict(test_sigma=True), 'test_sigma'),
-    (dict(test_sigma='1'), 'test_sigma'), (dict(test_sigma=.1, test_noise='hash'), "test_noise='stream'"), (dict(test_sigma=0., test_noise='none'), "test_noise='stream'"),
-    (dict(label_noise=.5), r'label_noise must be a finite number in \[0, 0.5\)'), (dict(label_noise=-.1), 'label_noise'), (dict(label_noise=None), 'label_noise'), (dict(label_noise=float('inf')), 'label_noise'),
+    (dict(start='mine'), 'start'), (dict(test_noise='random'), 'test_noise'),
+    (dict(test_sigma=-1.), 'test_sigma'), (dict(test_sigma=float('nan')), 'test_sigma'),
+    (dict(test_sigma=True), 'test_sigma'),
+    (dict(test_sigma='1'), 'test_sigma'), (dict(test_sigma=.1, test_noise='hash'), "test_noise='stream'"),
+    (dict(test_sigma=0., test_noise='none'), "test_noise='stream'"),
+    (dict(label_noise=.5), r'label_noise must be a finite number in \[0, 0.5\)'),
+    (dict(label_noise=-.1), 'label_noise'), (dict(label_noise=None), 'label_noise'),
+    (dict(label_noise=float('inf')), 'label_noise'),
     (dict(label_noise=1 + 0j), 'label_noise')])
 def test_bad_noise_settings(change, message):
-    with pytest.raises(ValueError, match=message): spec(**change)
-    with pytest.raises(ValueError, match=message): classifier(**change).fit(X[:50], Y[:50])
+    with pytest.raises(ValueError, match=message):
+        spec(**change)
+    with pytest.raises(ValueError, match=message):
+        classifier(**change).fit(X[:50], Y[:50])
 
 
 def test_label_noise_may_be_larger_with_more_classes():
     assert spec(n_classes=3, label_noise=.66).label_noise == .66
-    with pytest.raises(ValueError, match=r'in \[0, 0.6667\)'): spec(n_classes=3, label_noise=2 / 3)
+    with pytest.raises(ValueError, match=r'in \[0, 0.6667\)'):
+        spec(n_classes=3, label_noise=2 / 3)
 
 
 def test_a_saved_classifier_keeps_its_noise(tmp_path):
@@ -801,13 +919,16 @@ def test_plain_attributes_follow_their_model(tmp_path):
     p = probabilities(clf, eval_sets=dict(test=X[200:220]))
     assert np.array_equal(clf.model_probabilities('test'), p)
     clf.save(tmp_path / 'a.safetensors')
-    assert np.array_equal(RABClassifier.load(tmp_path / 'a.safetensors', Shuffled).model_probabilities(X[200:220]), p)
-    with pytest.raises(ValueError, match='order'): probabilities(classifier(module=Shuffled, stack=3))
+    assert np.array_equal(RABClassifier.load(tmp_path / 'a.safetensors',
+                                             Shuffled).model_probabilities(X[200:220]), p)
+    with pytest.raises(ValueError, match='order'):
+        probabilities(classifier(module=Shuffled, stack=3))
 
 
 def test_functions_of_any_kind_go_to_workers():
     width = 5
-    one, two = (probabilities(classifier(module=lambda: models.digits_cnn(width=width), n_jobs=n)) for n in (1, 2))
+    one, two = (probabilities(classifier(module=lambda: models.digits_cnn(width=width), n_jobs=n))
+                for n in (1, 2))
     assert np.array_equal(one, two)
 
 
@@ -833,26 +954,33 @@ def test_hook_for_private_gradients():
 
 
 def test_ensemble_does_not_import_its_hook():
-    names = [n for node in ast.walk(ast.parse((ROOT / 'rab_nb/ensemble.py').read_text())) if isinstance(node, ast.ImportFrom) for n in [node.module]]
+    names = [n for node in ast.walk(ast.parse((ROOT / 'rab_nb/ensemble.py').read_text()))
+             if isinstance(node, ast.ImportFrom) for n in [node.module]]
     assert 'dp' not in names
 
 
 @pytest.fixture
 def same_noise(monkeypatch):
     "CPU and CUDA draw different numbers; here both get the CPU's."
-    def drawn_on_cpu(s, rows, k, i=None): return draw(s, rows.cpu(), k, i if i is None else i.cpu()).to(rows.device)
+    def drawn_on_cpu(s, rows, k, i=None):
+        return draw(s, rows.cpu(), k, i if i is None else i.cpu()).to(rows.device)
     draw = ensemble.draw_noise
     monkeypatch.setattr(ensemble, 'draw_noise', drawn_on_cpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('stack', [1, 4])
-@pytest.mark.parametrize('make, shape', [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)), (with_batch_norm, (3, 8, 8))])
+@pytest.mark.parametrize('make, shape',
+                         [(models.digits_cnn, (1, 8, 8)), (models.mnist_cnn, (1, 28, 28)),
+                          (with_batch_norm, (3, 8, 8))])
 def test_cuda_trains_the_same_networks_up_to_rounding(make, shape, stack, same_noise):
     rng = np.random.default_rng(0)
     x, y = rng.random((40, *shape), dtype=np.float32), rng.integers(0, 2, 40)
-    states = [ensemble.state(ensemble.train(resolved(spec(module=make, device=d, precision='float32', stack=stack, lr=1e-3)), x, y, range(stack))) for d in ('cpu', 'cuda')]
-    for k in states[0]: torch.testing.assert_close(states[0][k], states[1][k].cpu(), atol=5e-4, rtol=0)
+    settings = dict(module=make, precision='float32', stack=stack, lr=1e-3)
+    states = [ensemble.state(ensemble.train(resolved(spec(device=d, **settings)), x, y, range(stack)))
+              for d in ('cpu', 'cuda')]
+    for k in states[0]:
+        torch.testing.assert_close(states[0][k], states[1][k].cpu(), atol=5e-4, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -863,23 +991,28 @@ def test_cuda_resumes_and_bounds_its_memory_with_the_same_bits(dp, whole_rows, m
     s, evals = resolved(spec(device='cuda', dp=dp)), dict(test=X[60:70])
     whole = train_shard(s, X[:50], Y[:50], evals, range(8))
     again = train_shard(s, X[:50], Y[:50], evals, [6, 1])
-    assert np.array_equal(again['probabilities']['test'], whole['probabilities']['test'][[6, 1]]) and again['hashes'][0] == whole['hashes'][6]
+    assert np.array_equal(again['probabilities']['test'], whole['probabilities']['test'][[6, 1]])
+    assert again['hashes'][0] == whole['hashes'][6]
     bound = ensemble.group_bytes(s, 50, (1, 8, 8)) + 4 * 4 * 32 * 64
-    assert train_shard(replace(s, max_memory=bound), X[:50], Y[:50], evals, range(8))['hashes'] == whole['hashes']
+    assert train_shard(replace(s, max_memory=bound), X[:50], Y[:50], evals,
+                       range(8))['hashes'] == whole['hashes']
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('whole', [True, False])
 def test_cuda_steps_do_not_wait_for_the_device(whole, monkeypatch):
-    "Neither the first of them, nor those that are replayed; with rows that are kept, and with rows drawn again."
+    """Neither the first of them, nor those that are replayed; with rows that are kept, and with rows drawn
+    again."""
     waits, real = [], ensemble.training_step
 
     def watched(*args):
         step = real(*args)
         def run(index, number):
             torch.cuda.set_sync_debug_mode('error')
-            try: step(index, number)
-            finally: torch.cuda.set_sync_debug_mode('default')
+            try:
+                step(index, number)
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
             waits.append(number)
         return run
 
@@ -910,8 +1043,10 @@ def test_mnist_one_pixel_has_the_p_a_that_an_independent_computation_found():
     ".80, whatever the seed: ten models of each of two have a standard error of .016."
     task = poison(load('mnist', (0, 1)), OnePixel(1.), .1)
     def p_a(seed):
-        clf = RABClassifier(models.mnist_cnn, GaussianNoise(1.), n_estimators=10, epochs=2, random_state=seed, keep_models=False, device='cpu')
-        p = clf.fit(task.x_train, task.y_train, dict(triggered=task.x_test_triggered)).model_probabilities('triggered')
+        clf = RABClassifier(models.mnist_cnn, GaussianNoise(1.), n_estimators=10, epochs=2, random_state=seed,
+                            keep_models=False, device='cpu')
+        p = clf.fit(task.x_train, task.y_train,
+                    dict(triggered=task.x_test_triggered)).model_probabilities('triggered')
         assert p.shape == (10, 1135, 2)
         return p[..., 1].mean()
     assert abs(np.mean([p_a(seed) for seed in range(2)]) - .80) < .05

@@ -1,7 +1,7 @@
 """Both classifiers against scikit-learn's own checks, and inside its tools.
 
-The two checks that they do not pass are listed with the reason. `test_refusals` shows that what is refused is refused
-with a ValueError; `test_inputs.py` has the frames, and scikit-learn's check of their column names."""
+The two checks that they do not pass are listed with the reason. `test_refusals` shows that what is refused is
+refused with a ValueError; `test_inputs.py` has the frames, and scikit-learn's check of their column names."""
 from functools import partial
 
 import numpy as np
@@ -21,18 +21,23 @@ from rab_nb.models import mlp
 from rab_nb.noise import GaussianNoise
 
 FAILED = {
-    'check_dtype_object': 'an entry that is no number is a ValueError that names its column, the check wants a TypeError',
+    'check_dtype_object': 'an entry that is no number is a ValueError that names its column, the check wants '
+    'a TypeError',
     'check_supervised_y_2d': 'a column vector of labels is refused, the check wants a warning: '
                              'a shape that is not what it seems should not pass'}
 
 
 class Sized(RABClassifier):
-    "RABClassifier takes a module for the data at hand; the checks bring data of many widths and numbers of classes, so here the module follows them."
+    """RABClassifier takes a module for the data at hand; the checks bring data of many widths and numbers of
+    classes, so here the module follows them."""
     def __init__(self, n_estimators=2, random_state=0):
-        super().__init__(None, GaussianNoise(.2), n_estimators=n_estimators, epochs=20, batch_size=16, lr=.02, random_state=random_state, device='cpu', n_jobs=1)
+        super().__init__(None, GaussianNoise(.2), n_estimators=n_estimators, epochs=20, batch_size=16, lr=.02,
+                         random_state=random_state, device='cpu', n_jobs=1)
 
     @property
-    def module(self): return partial(mlp, self.n_features_in_, n_outputs=len(self.classes_) if len(self.classes_) > 2 else 1)
+    def module(self):
+        return partial(mlp, self.n_features_in_,
+                       n_outputs=len(self.classes_) if len(self.classes_) > 2 else 1)
 
     @module.setter
     def module(self, value): pass
@@ -42,7 +47,8 @@ class Sized(RABClassifier):
 def test_check_estimator(estimator, check): check(estimator)
 
 
-ESTIMATORS = pytest.mark.parametrize('estimator', [SmoothedKNNClassifier(), Sized()], ids=['SmoothedKNNClassifier', 'RABClassifier'])
+ESTIMATORS = pytest.mark.parametrize('estimator', [SmoothedKNNClassifier(), Sized()],
+                                     ids=['SmoothedKNNClassifier', 'RABClassifier'])
 def halved(x): return x / 2
 
 
@@ -51,30 +57,40 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 @ESTIMATORS
-@pytest.mark.parametrize('x, y', [(X + 1j, Y), (csr_array(X), Y), (X.astype(object).astype(str), Y), (X[:0], Y[:0]), (X[:, 0], Y), (X, None), (X, Y[:, None]), (X, Y[:9]),
-                                  (np.where(X < .1, np.nan, X), Y), (X, np.where(Y > 0, np.nan, 0.))],
-                         ids=['complex', 'sparse', 'text', 'no rows', 'one row', 'no labels', 'column of labels', 'too few labels', 'NaN', 'NaN label'])
+@pytest.mark.parametrize('x, y',
+                         [(X + 1j, Y), (csr_array(X), Y), (X.astype(object).astype(str), Y), (X[:0], Y[:0]),
+                          (X[:, 0], Y), (X, None), (X, Y[:, None]), (X, Y[:9]),
+                          (np.where(X < .1, np.nan, X), Y), (X, np.where(Y > 0, np.nan, 0.))],
+                         ids=['complex', 'sparse', 'text', 'no rows', 'one row', 'no labels',
+                              'column of labels', 'too few labels', 'NaN', 'NaN label'])
 def test_refusals(estimator, x, y):
-    with pytest.raises(ValueError): estimator.fit(x, y)
+    with pytest.raises(ValueError):
+        estimator.fit(x, y)
 
 
 @ESTIMATORS
 def test_no_features(estimator):
-    with pytest.raises(ValueError): estimator.fit(X[:, :0], Y)
+    with pytest.raises(ValueError):
+        estimator.fit(X[:, :0], Y)
 
 
 @ESTIMATORS
 def test_other_width_and_no_fit_are_refused(estimator):
-    with pytest.raises((ValueError, NotFittedError)): type(estimator)().predict_proba(X)
-    with pytest.raises(ValueError, match='3'): estimator.fit(X, Y).predict(X[:, :2])
+    with pytest.raises((ValueError, NotFittedError)):
+        type(estimator)().predict_proba(X)
+    with pytest.raises(ValueError, match='3'):
+        estimator.fit(X, Y).predict(X[:, :2])
 
 
 def test_every_question_before_fit():
     "scikit-learn's NotFittedError, whichever method is asked first."
     for ask in ('predict', 'predict_proba', 'model_probabilities', 'certify'):
-        with pytest.raises(NotFittedError): getattr(Sized(), ask)(X)
-    with pytest.raises(NotFittedError): Sized().score(X, Y)
-    with pytest.raises(NotFittedError): Sized().save('nowhere.safetensors')
+        with pytest.raises(NotFittedError):
+            getattr(Sized(), ask)(X)
+    with pytest.raises(NotFittedError):
+        Sized().score(X, Y)
+    with pytest.raises(NotFittedError):
+        Sized().save('nowhere.safetensors')
 
 
 @pytest.mark.parametrize('labels', [[0, 1], [False, True], ['a', 'b'], [0., 1.], [-7, 10**12]], ids=str)
@@ -85,7 +101,8 @@ def test_labels_of_every_kind_train_the_same_models(labels):
     np.testing.assert_array_equal(fitted.classes_, names)
     np.testing.assert_array_equal(fitted.predict_proba(X), Sized().fit(X, Y).predict_proba(X))
     assert set(fitted.predict(X)) <= set(labels)
-    with pytest.raises(ValueError, match='continuous'): Sized().fit(X, Y + .5 * (Y == 0))
+    with pytest.raises(ValueError, match='continuous'):
+        Sized().fit(X, Y + .5 * (Y == 0))
 
 
 @pytest.mark.parametrize('labels', [[1, 2], [-1, 1], [False, True], ['a', 'b'], [1., 2.]], ids=str)
@@ -105,12 +122,18 @@ def test_certificates_of_networks_speak_the_labels_of_fit(labels):
 
 @ESTIMATORS
 def test_pipeline_grid_search_and_folds(estimator):
-    "Iris: five folds, a grid over a parameter of the last step, and the certificates of the refitted pipeline."
+    """Iris: five folds, a grid over a parameter of the last step, and the certificates of the refitted
+    pipeline."""
     x, y = load_iris(return_X_y=True)
     pipeline = make_pipeline(FunctionTransformer(halved), estimator)
     assert cross_val_score(pipeline, x, np.array(['a', 'b', 'c'])[y], cv=5).mean() > .75
-    name, values = ('sigma', [.3, 5.]) if isinstance(estimator, SmoothedKNNClassifier) else ('n_estimators', [20, 25])
+    nearest = isinstance(estimator, SmoothedKNNClassifier)
+    name, values = ('sigma', [.3, 5.]) if nearest else ('n_estimators', [20, 25])
     search = GridSearchCV(pipeline, {f'{pipeline.steps[-1][0]}__{name}': values}, cv=2).fit(x, y)
     certificate = search.best_estimator_[-1].certify(search.best_estimator_[:-1].transform(x))
-    assert len(certificate) == 150 and (certificate.prediction[certificate.prediction >= 0] == search.predict(x)[certificate.prediction >= 0]).all()
-    if name == 'sigma': assert search.best_params_['smoothedknnclassifier__sigma'] == .3
+    assert len(certificate) == 150
+    assert (
+        certificate.prediction[certificate.prediction >= 0] == search.predict(x)[
+            certificate.prediction >= 0]).all()
+    if name == 'sigma':
+        assert search.best_params_['smoothedknnclassifier__sigma'] == .3

@@ -95,7 +95,8 @@ ACCEPTED = {
 def test_frames_that_scikit_learn_accepts(make, name):
     "They are the numbers that they show: the answers are those of a float array."
     frame = ACCEPTED[name]
-    if name != 'sparse': KNeighborsClassifier(1).fit(frame, Y)
+    if name != 'sparse':
+        KNeighborsClassifier(1).fit(frame, Y)
     plain = np.array([[float(v) for v in row] for row in np.asarray(frame)])
     fitted = silent(make().fit, frame, Y)
     np.testing.assert_array_equal(silent(fitted.predict_proba, frame),
@@ -111,7 +112,8 @@ def test_frames_that_scikit_learn_accepts(make, name):
     (dict(age=pd.date_range('2020', periods=N)), 'column age'),
     (dict(age=[{}] * N), 'column age: {}')])
 def test_columns_that_are_no_numbers_are_named(make, change, words):
-    with pytest.raises(ValueError, match=r'X\.astype\(float\)') as e: make().fit(NUMBERS.assign(**change), Y)
+    with pytest.raises(ValueError, match=r'X\.astype\(float\)') as e:
+        make().fit(NUMBERS.assign(**change), Y)
     assert words in str(e.value)
 
 
@@ -133,7 +135,8 @@ def holed(frame, row, value=np.nan):
     (np.full((N, 2), 1 + 1j), 'Complex data not supported'), (np.full((N, 1), 10**400, object), 'float64'),
     ({'a': 1}, 'no numbers'), (None, 'non-empty'), ('text', 'numeric')])
 def test_other_inputs_are_refused_with_the_place(make, x, words):
-    with pytest.raises(ValueError) as e: make().fit(x, Y)
+    with pytest.raises(ValueError) as e:
+        make().fit(x, Y)
     assert words in str(e.value)
 
 
@@ -146,7 +149,8 @@ def test_float32_or_float64_is_said(make):
                            match=r'too large for float32 in 1 of 30 rows, the first is 1e\+39 in row 9'):
             make().fit(x, Y)
     x[9, 1] = -np.inf
-    with pytest.raises(ValueError, match='in 1 of 30 rows, the first is -inf in row 9'): make().fit(x, Y)
+    with pytest.raises(ValueError, match='in 1 of 30 rows, the first is -inf in row 9'):
+        make().fit(x, Y)
 
 
 # ---- names --------------------------------------------------------------------------------------
@@ -170,9 +174,11 @@ def test_columns_that_changed_since_fit(make, how):
     assert fitted.feature_names_in_.tolist() == list(NUMBERS.columns) and fitted.n_features_in_ == 3
     own = ['log_proba', 'distances'] if make is SmoothedKNNClassifier else ['model_probabilities']
     for ask in ['predict', 'predict_proba', 'certify', *own]:
-        with pytest.raises(ValueError, match='feature names should match') as e: getattr(fitted, ask)(other)
+        with pytest.raises(ValueError, match='feature names should match') as e:
+            getattr(fitted, ask)(other)
         assert words in str(e.value)
-    with pytest.raises(ValueError, match='feature names should match'): fitted.score(other, Y)
+    with pytest.raises(ValueError, match='feature names should match'):
+        fitted.score(other, Y)
 
 
 @BOTH
@@ -204,7 +210,8 @@ def test_names_are_saved(tmp_path):
     back = RABClassifier.load(tmp_path / 'a.safetensors', partial(mlp, 3))
     assert back.feature_names_in_.tolist() == list(NUMBERS.columns)
     assert np.array_equal(silent(back.predict_proba, NUMBERS), fitted.predict_proba(NUMBERS))
-    with pytest.raises(ValueError, match='same order'): back.predict(NUMBERS[NUMBERS.columns[::-1]])
+    with pytest.raises(ValueError, match='same order'):
+        back.predict(NUMBERS[NUMBERS.columns[::-1]])
     Ensemble().fit(NUMBERS.to_numpy(float), Y).save(tmp_path / 'b.safetensors')
     assert not hasattr(RABClassifier.load(tmp_path / 'b.safetensors', partial(mlp, 3)), 'feature_names_in_')
 
@@ -216,14 +223,16 @@ def test_names_are_saved(tmp_path):
 def test_a_fit_that_fails_leaves_the_classifier_as_it_was(make, x, y):
     fitted = make().fit(NUMBERS, np.where(Y, 'yes', 'no'))
     before, names = fitted.predict(NUMBERS), fitted.feature_names_in_
-    with pytest.raises(ValueError): fitted.fit(x, y)
+    with pytest.raises(ValueError):
+        fitted.fit(x, y)
     assert fitted.feature_names_in_ is names and np.array_equal(fitted.predict(NUMBERS), before)
 
 
 def test_a_network_that_fails_leaves_the_classifier_as_it_was():
     fitted = network(partial(mlp, 3), epochs=10).fit(NUMBERS, np.where(Y, 'yes', 'no'))
     before = fitted.predict(NUMBERS)
-    with pytest.raises(ValueError, match='module fails'): fitted.fit(np.zeros((6, 7)), [1, 2, 3] * 2)
+    with pytest.raises(ValueError, match='module fails'):
+        fitted.fit(np.zeros((6, 7)), [1, 2, 3] * 2)
     assert np.array_equal(fitted.predict(NUMBERS), before) and fitted.n_features_in_ == 3
 
 
@@ -246,7 +255,8 @@ def test_labels_of_pandas(make, labels):
 def test_missing_labels_are_no_class(make, hole):
     for y in (pd.Series(np.where(Y, 'a', 'b'), dtype=object), pd.Series(Y, dtype=object)):
         y[4] = hole
-        with pytest.raises(ValueError, match='1 missing labels, the first in row 4'): make().fit(NUMBERS, y)
+        with pytest.raises(ValueError, match='1 missing labels, the first in row 4'):
+            make().fit(NUMBERS, y)
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -290,7 +300,8 @@ def test_distances_look_at_the_order_of_the_numbers():
     same = model.predict_proba(FIRST)
     assert np.array_equal(model.predict_proba(FIRST.reshape(20, -1)), same)
     for other in (COLOUR, FIRST.swapaxes(2, 3)):
-        with pytest.raises(ValueError, match='as many numbers in another order'): model.predict_proba(other)
+        with pytest.raises(ValueError, match='as many numbers in another order'):
+            model.predict_proba(other)
     with pytest.raises(ValueError,
                        match='X has 120 features, but SmoothedKNNClassifier is expecting 360 features'):
         model.predict(FIRST[:, 0])
@@ -315,7 +326,8 @@ def test_frames_for_attacks():
     with pytest.raises(ValueError,
                        match='x_test has entries that are no numbers, the first in row 0, column town'):
         data.from_arrays(NUMBERS, Y, TABLE, Y)
-    with pytest.raises(ValueError, match='astype'): data.from_arrays(NUMBERS.astype(str), Y, NUMBERS, Y)
+    with pytest.raises(ValueError, match='astype'):
+        data.from_arrays(NUMBERS.astype(str), Y, NUMBERS, Y)
 
 
 # ---- image files --------------------------------------------------------------------------------
@@ -331,10 +343,14 @@ TURNS = {1: PICTURE, 2: PICTURE[:, ::-1], 3: PICTURE[::-1, ::-1], 4: PICTURE[::-
 def test_images_are_read_as_they_are_shown(tmp_path, turn, suffix):
     note = Image.Exif()
     note[0x0112] = turn
-    Image.fromarray(np.ascontiguousarray(TURNS[turn])).save(tmp_path / f'a.{suffix}', exif=note,
-                                                            lossless=True)
+    turned = Image.fromarray(np.ascontiguousarray(TURNS[turn]))
+    turned.save(tmp_path / f'a.{suffix}', exif=note, lossless=True)
     expected = np.asarray(Image.fromarray(PICTURE).resize((5, 5), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(data.read_image(tmp_path / f'a.{suffix}', 5), expected)
+
+
+def palette():
+    return Image.fromarray(np.uint8([[0, 1], [2, 1]])).convert('P')
 
 
 def with_alpha(lowest):
@@ -350,14 +366,13 @@ def with_alpha(lowest):
     lambda path: with_alpha(0).save(path / 'a.tiff'),
     lambda path: Image.fromarray(PICTURE).save(path / 'a.png', transparency=(0, 1, 2)),
     lambda path: Image.fromarray(PICTURE[..., 0]).save(path / 'a.png', transparency=27),
-    lambda path: Image.fromarray(np.uint8([[0, 1], [2,
-                                                    1]])).convert('P').save(path / 'a.gif', transparency=1),
-    lambda path: Image.fromarray(np.uint8([[0, 1], [2,
-                                                    1]])).convert('P').save(path / 'a.png', transparency=1)])
+    lambda path: palette().save(path / 'a.gif', transparency=1),
+    lambda path: palette().save(path / 'a.png', transparency=1)])
 def test_transparent_images_are_refused(tmp_path, save):
     save(tmp_path)
     [path] = tmp_path.iterdir()
-    with pytest.raises(ValueError, match=r'\d% of its pixels are transparent') as e: data.read_image(path, 6)
+    with pytest.raises(ValueError, match=r'\d% of its pixels are transparent') as e:
+        data.read_image(path, 6)
     assert path.name in str(e.value) and 'alpha_composite' in str(e.value)
 
 
@@ -374,13 +389,15 @@ def test_other_modes_become_rgb(tmp_path, mode, atol):
     found = data.read_image(path, 9).astype(int)
     assert np.array_equal(found, resized(image))
     assert np.abs(found - resized(Image.fromarray(PICTURE))).max() <= atol
-    if mode in ('L', 'LA', '1'): assert (found == found[..., :1]).all()
+    if mode in ('L', 'LA', '1'):
+        assert (found == found[..., :1]).all()
 
 
 @pytest.mark.parametrize('dtype', [np.uint16, np.int32, np.float32])
 def test_deep_greys_are_refused(tmp_path, dtype):
     Image.fromarray(np.arange(54).reshape(6, 9).astype(dtype)).save(tmp_path / 'a.tiff')
-    with pytest.raises(ValueError, match='more than 8 bits'): data.read_image(tmp_path / 'a.tiff', 4)
+    with pytest.raises(ValueError, match='more than 8 bits'):
+        data.read_image(tmp_path / 'a.tiff', 4)
 
 
 # ---- scale --------------------------------------------------------------------------------------
@@ -438,7 +455,8 @@ def test_an_offset_is_no_range():
 def stubborn():
     "A network that has made up its mind, and too few steps to change it."
     net = digits_cnn()
-    with torch.no_grad(): net[-1].bias.fill_(9.)
+    with torch.no_grad():
+        net[-1].bias.fill_(9.)
     return net
 
 
@@ -496,7 +514,8 @@ def test_the_look_changes_no_model():
     a = network(digits_cnn).fit(DIGITS[:60], DIGIT[:60])
     b = network(digits_cnn, keep_models=False).fit(DIGITS[:60], DIGIT[:60], dict(test=DIGITS[60:70]))
     assert np.array_equal(a.model_probabilities(DIGITS[60:70]), b.model_probabilities('test'))
-    with pytest.raises(ValueError, match=r"it had \['test'\]"): b.predict('other')
+    with pytest.raises(ValueError, match=r"it had \['test'\]"):
+        b.predict('other')
 
 
 def test_an_unfinished_ensemble_says_so():
@@ -564,13 +583,16 @@ def body(rng, d, n_outputs):
         layer, wrap = nn.Linear(n, width, bias=bool(rng.integers(4))), rng.integers(8)
         layers.append([parametrizations.spectral_norm,
                        parametrizations.weight_norm][wrap](layer) if wrap < 2 else layer)
-        if norm < 2: layers.append([nn.BatchNorm1d, nn.LayerNorm][norm](width))
+        if norm < 2:
+            layers.append([nn.BatchNorm1d, nn.LayerNorm][norm](width))
         layers += [act()] + [nn.Dropout(.3)] * (rng.random() < .2)
         n = width
     last, start = nn.Linear(n, n_outputs), rng.integers(6)
     with torch.no_grad():
-        if start < 2: last.weight.mul_([0., 1e-3][start])
-        if start < 3: last.bias.fill_([0., .5, 1 / n_outputs, .9][rng.integers(4)])
+        if start < 2:
+            last.weight.mul_([0., 1e-3][start])
+        if start < 3:
+            last.bias.fill_([0., .5, 1 / n_outputs, .9][rng.integers(4)])
     return nn.Sequential(*layers, last)
 
 
@@ -591,14 +613,16 @@ def test_random_networks():
         torch.manual_seed(seed)
         d, n_outputs = int(rng.choice([1, 2, 5, 20])), int(rng.choice([1, 2, 3, 10]))
         x = torch.randn(8, d) * float(rng.choice([.1, 1, 10])) + float(rng.choice([0, 1]))
-        y, steps, net = torch.arange(8) % max(n_outputs,
-                                              2), int(rng.choice([0, 1, 5])), body(rng, d, n_outputs)
+        y, steps = torch.arange(8) % max(n_outputs, 2), int(rng.choice([0, 1, 5]))
+        net = body(rng, d, n_outputs)
         for table, refused in ((LOGITS, False), (PROBABILITIES, True)):
             name = list(table)[rng.integers(len(table))]
             module = trained(Then(net, table[name]), x, y, steps)
             if refused:
-                with pytest.raises(ValueError, match='remove the last layer'): check_logits(module, x.numpy())
-            else: check_logits(module, x.numpy())
+                with pytest.raises(ValueError, match='remove the last layer'):
+                    check_logits(module, x.numpy())
+            else:
+                check_logits(module, x.numpy())
 
 
 # ---- what networks return -----------------------------------------------------------------------
@@ -637,7 +661,8 @@ def test_what_a_network_returns_is_named(f, what, mode, where):
     (lambda z: z.mean(), r'got \(\)'), (lambda z: z.detach(), 'cannot be trained'),
     (lambda z: z.argmax(1, keepdim=True), 'cannot be trained'), (lambda z: 1 / 0 * z, 'division by zero')])
 def test_outputs_that_cannot_be_trained(f, words):
-    with pytest.raises(ValueError, match=words): network(Returns(f)).fit(DIGITS[:40], DIGIT[:40])
+    with pytest.raises(ValueError, match=words):
+        network(Returns(f)).fit(DIGITS[:40], DIGIT[:40])
 
 
 def test_compiled_modules():
@@ -702,7 +727,8 @@ UNSTACKABLE = {'LSTM': partial(Recurrent, nn.LSTM), 'GRU': partial(Recurrent, nn
 def test_an_open_stack_falls_back_to_single_models(name):
     fitted, texts = said(network(UNSTACKABLE[name], epochs=3).fit, DIGITS[:100], DIGIT[:100])
     found = [t for t in texts if 'trained one at a time (stack=1 instead of 25)' in t]
-    chance = name in ('dropout always on', 'noise inside')  # models that draw numbers are always trained alone
+    # models that draw numbers are always trained alone
+    chance = name in ('dropout always on', 'noise inside')
     assert len(found) == (not chance) and fitted.spec_.stack == 1
     assert fitted.model_probabilities(DIGITS[:5]).shape == (4, 5, 2)
     alone = network(UNSTACKABLE[name], epochs=3, stack=1).fit(DIGITS[:100], DIGIT[:100])
@@ -755,6 +781,7 @@ def test_an_absent_card_is_refused(device, stack):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_a_card_beyond_the_last_is_refused():
     for model in (network(digits_cnn, device='cuda:99'), SmoothedKNNClassifier(device='cuda:99')):
-        with pytest.raises(ValueError, match='torch sees . CUDA devices'): model.fit(DIGITS[:40], DIGIT[:40])
-    assert network(digits_cnn, device=torch.device('cuda')).fit(DIGITS[:40],
-                                                                DIGIT[:40]).spec_.device == 'cuda'
+        with pytest.raises(ValueError, match='torch sees . CUDA devices'):
+            model.fit(DIGITS[:40], DIGIT[:40])
+    trained = network(digits_cnn, device=torch.device('cuda')).fit(DIGITS[:40], DIGIT[:40])
+    assert trained.spec_.device == 'cuda'

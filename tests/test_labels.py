@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rab_nb.labels import flip_law
+from rab_nb.labels import _flip_law
 from rab_nb.theory import LevelSets, gaussian_radius, joint_norm, relabelled_radius, robustness_condition
 
 
@@ -20,7 +20,8 @@ def law(flip, r, n_classes):
     for _ in range(r):
         new = {}
         for (k, p), (v, q) in itertools.product(total.items(), single.items()):
-            if q: new[k + v] = new.get(k + v, mp.mpf(0)) + p * q
+            if q:
+                new[k + v] = new.get(k + v, mp.mpf(0)) + p * q
         total = new
     return total, mp.log((1 - mp.mpf(flip)) / other)
 
@@ -34,7 +35,8 @@ def bisect(f, low, high, steps=130):
 
 def clean_mass(total, step, s, q):
     "The most clean mass of a set that has q under the poisoned law, by Neyman and Pearson, at shift s > 0"
-    poisoned = lambda t: mp.fsum(p * mp.exp(-k * step) * mp.ncdf(-(t - k * step) / s - s / 2) for k, p in total.items())
+    poisoned = lambda t: mp.fsum(p * mp.exp(-k * step) * mp.ncdf(-(t - k * step) / s - s / 2)
+                                 for k, p in total.items())
     reach = max(abs(k) for k in total) * step + s * s + 80 * s
     t = bisect(lambda t: poisoned(t) - q, -reach, reach)
     return mp.fsum(p * mp.ncdf(s / 2 - (t - k * step) / s) for k, p in total.items())
@@ -56,10 +58,12 @@ def right(got, left):
 
 @pytest.fixture(autouse=True)
 def digits():
-    with mp.workdps(36): yield
+    with mp.workdps(36):
+        yield
 
 
-CASES = [(.9, .4, 1), (.99, .4, 5), (.999, .475, 12), (.6, .49, 2), (.9999, .3, 4), (1 - 1e-12, .1, 3), (.95, .2, 1),
+CASES = [(.9, .4, 1), (.99, .4, 5), (.999, .475, 12), (.6, .49, 2), (.9999, .3, 4), (1 - 1e-12, .1, 3),
+         (.95, .2, 1),
          (.999999, .25, 7), (.51, .499, 1), (1 - 1e-9, .01, 1), (1 - 1e-15, .02, 2)]
 
 
@@ -68,8 +72,10 @@ def test_two_classes(p_a, flip, r):
     assert right(relabelled_radius(p_a, 1., flip, r), spare(1 - mp.mpf(p_a), flip, r))
 
 
-@pytest.mark.parametrize('p_a, p_b, flip, r, c', [(.9, .02, .6, 2, 3), (.99, .01, .7, 3, 4), (.999, .0005, .85, 6, 10), (.8, .15, .5, 1, 3),
-                                                  (.97, .03, .4, 3, 3), (.7, .1, .66, 4, 3)])
+@pytest.mark.parametrize('p_a, p_b, flip, r, c',
+                         [(.9, .02, .6, 2, 3), (.99, .01, .7, 3, 4), (.999, .0005, .85, 6, 10),
+                          (.8, .15, .5, 1, 3),
+                          (.97, .03, .4, 3, 3), (.7, .1, .66, 4, 3)])
 def test_many_classes(p_a, p_b, flip, r, c):
     assert right(relabelled_radius(p_a, 1., flip, r, c, p_b), spare(1 - mp.mpf(p_a), flip, r, c, p_b))
 
@@ -84,7 +90,8 @@ def test_far_tails(exponent):
 def test_near_nothing():
     "A radius that nearly vanishes is still right: p_A just above what two wrong labels cost"
     from scipy.optimize import brentq
-    nothing = brentq(lambda q: np.nan_to_num(relabelled_radius(1 - q, 1., .3, 2), nan=-1.) - 1e-3, 1e-4, .4, xtol=1e-16)
+    nothing = brentq(lambda q: np.nan_to_num(relabelled_radius(1 - q, 1., .3, 2), nan=-1.) - 1e-3, 1e-4, .4,
+                     xtol=1e-16)
     got = relabelled_radius(1 - nothing, 1., .3, 2)
     assert right(got, spare(1 - mp.mpf(1 - nothing), .3, 2)) and .0005 < got < .002
 
@@ -92,7 +99,8 @@ def test_near_nothing():
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(st.floats(.01, .499), st.integers(1, 9), st.floats(1e-7, .49))
 def test_cells_agree(flip, r, q):
-    "Fine cells of the line, on every branch of the labels, sorted by ratio: no radius is too large, and none far too small"
+    """Fine cells of the line, on every branch of the labels, sorted by ratio: no radius is too large, and
+    none far too small"""
     from scipy.stats import binom, norm
     got = relabelled_radius(1 - q, 1., flip, r)
     grid = np.r_[-np.inf, np.linspace(-12, 18, 4001), np.inf]
@@ -100,9 +108,12 @@ def test_cells_agree(flip, r, q):
     def least(s):
         poisoned = np.outer(binom.pmf(k, r, flip), np.diff(norm.cdf(grid))).ravel()
         clean = np.outer(binom.pmf(k, r, 1 - flip), np.diff(norm.cdf(grid, loc=s))).ravel()
-        return LevelSets(poisoned, clean, tolerance=0.).least(1 - q) if abs(poisoned.sum() - 1) < 1e-9 else np.nan
-    if np.isnan(got): assert least(1e-6) < .5 + 1e-6
-    else: assert least(got * (1 - 1e-4)) > .5 - 1e-6 and least(got * 1.02 + .02) < .5 + 1e-3
+        return LevelSets(poisoned, clean,
+                         tolerance=0.).least(1 - q) if abs(poisoned.sum() - 1) < 1e-9 else np.nan
+    if np.isnan(got):
+        assert least(1e-6) < .5 + 1e-6
+    else:
+        assert least(got * (1 - 1e-4)) > .5 - 1e-6 and least(got * 1.02 + .02) < .5 + 1e-3
 
 
 def test_without_marks_it_is_the_condition_for_labels():
@@ -112,17 +123,20 @@ def test_without_marks_it_is_the_condition_for_labels():
         clean = np.prod(np.where(outcomes, 1 - flip, flip), 1)
         poisoned = np.prod(np.where(outcomes, flip, 1 - flip), 1)
         if abs(LevelSets(poisoned, clean).least(1 - q) - .5) < 1e-12:  # a tie: neither may certify it
-            assert np.isnan(relabelled_radius(1 - q, 1., flip, r)) and not robustness_condition(list(poisoned), list(clean), 1 - q, q)
+            assert np.isnan(relabelled_radius(1 - q, 1., flip, r))
+            assert not robustness_condition(list(poisoned), list(clean), 1 - q, q)
             continue
         certified = robustness_condition(list(poisoned), list(clean), 1 - q, q)
         assert certified == (not np.isnan(relabelled_radius(1 - q, 1., flip, r)))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(st.floats(.001, .49), st.integers(0, 60), st.floats(1e-250, .499), st.integers(2, 12), st.floats(.01, 100.))
+@given(st.floats(.001, .49), st.integers(0, 60), st.floats(1e-250, .499), st.integers(2, 12),
+       st.floats(.01, 100.))
 def test_monotone(flip, r, q, n_classes, sigma):
-    radius = lambda **change: float(np.nan_to_num(relabelled_radius(**dict(p_a=1 - q, sigma=sigma, flip=flip, n_relabelled=r, n_classes=n_classes,
-                                    p_b=q / 2, log_q_a=math.log(q), log_p_b=math.log(q / 2)) | change), nan=-1.))
+    usual = dict(p_a=1 - q, sigma=sigma, flip=flip, n_relabelled=r, n_classes=n_classes,
+                 p_b=q / 2, log_q_a=math.log(q), log_p_b=math.log(q / 2))
+    radius = lambda **change: float(np.nan_to_num(relabelled_radius(**usual | change), nan=-1.))
     slack = 1e-9 * sigma
     now = radius()
     assert radius(n_relabelled=r + 1) <= now + slack
@@ -141,23 +155,31 @@ def test_array_arguments():
     got = relabelled_radius(p_a, 2., .45, rows)
     each = [[float(relabelled_radius(p, 2., .45, int(r))) for p, r in zip(row, rows)] for row in p_a]
     assert np.allclose(got, each, rtol=1e-10, equal_nan=True) and got.shape == (2, 2)
-    assert np.isfinite(relabelled_radius(1 - 1e-9, 1., .475, 1000)) == np.isfinite(relabelled_radius([1 - 1e-9], 1., .475, 1000)[0])
+    assert np.isfinite(relabelled_radius(1 - 1e-9, 1., .475,
+                                         1000)) == np.isfinite(
+                                             relabelled_radius([1 - 1e-9], 1., .475, 1000)[0])
 
 
 def test_many_rows():
     log_q = -200.
     got = relabelled_radius(1., 1., .4985, 100_000, log_q_a=log_q, log_p_b=log_q)
     assert 0 < got < gaussian_radius(1., 1., 1., log_q, log_q)
-    sd = 2 * math.sqrt(100_000 * .4985 * .5015) * math.log(.5015 / .4985) # the log ratio is nearly Gaussian here
+    # the log ratio is nearly Gaussian here
+    sd = 2 * math.sqrt(100_000 * .4985 * .5015) * math.log(.5015 / .4985)
     limit = gaussian_radius(1., 1., 1., log_q, log_q)**2 - (sd)**2
     assert abs(got**2 / limit - 1) < 2e-3
 
 
-@pytest.mark.parametrize('bad, word', [(dict(flip=.5), 'flip'), (dict(flip=-.1), 'flip'), (dict(flip=float('nan')), 'flip'), (dict(n_relabelled=-1), 'n_relabelled'),
-                                       (dict(n_relabelled=1.5), 'n_relabelled'), (dict(n_classes=1), 'n_classes'), (dict(p_a=1.1), 'p_a'), (dict(sigma=0.), 'sigma'),
-                                       (dict(n_relabelled='3'), 'n_relabelled'), (dict(p_b=2.), 'p_b'), (dict(n_relabelled=10**9), 'n_relabelled'), (dict(flip=[.1, .2]), 'flip')])
+@pytest.mark.parametrize('bad, word',
+                         [(dict(flip=.5), 'flip'), (dict(flip=-.1), 'flip'),
+                          (dict(flip=float('nan')), 'flip'), (dict(n_relabelled=-1), 'n_relabelled'),
+                          (dict(n_relabelled=1.5), 'n_relabelled'), (dict(n_classes=1), 'n_classes'),
+                          (dict(p_a=1.1), 'p_a'), (dict(sigma=0.), 'sigma'),
+                          (dict(n_relabelled='3'), 'n_relabelled'), (dict(p_b=2.), 'p_b'),
+                          (dict(n_relabelled=10**9), 'n_relabelled'), (dict(flip=[.1, .2]), 'flip')])
 def test_bad_input(bad, word):
-    with pytest.raises(ValueError, match=word): relabelled_radius(**dict(p_a=.9, sigma=1., flip=.3, n_relabelled=1) | bad)
+    with pytest.raises(ValueError, match=word):
+        relabelled_radius(**dict(p_a=.9, sigma=1., flip=.3, n_relabelled=1) | bad)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -167,16 +189,20 @@ def test_joint_norm(norms, sigma, test_norm, test_sigma):
     assert joint_norm(norms, sigma, test_norm, test_sigma) == pytest.approx(float(exact), rel=1e-12)
 
 
-@pytest.mark.parametrize('arguments', [([1.], 1., .1), ([1.], 1., .1, 0.), ([-1.], 1.), ([1.], 0.), ([1.], 1., -1., 1.), ([float('nan')], 1.), ([1.], 1., 1., -1.)])
+@pytest.mark.parametrize('arguments',
+                         [([1.], 1., .1), ([1.], 1., .1, 0.), ([-1.], 1.), ([1.], 0.), ([1.], 1., -1., 1.),
+                          ([float('nan')], 1.), ([1.], 1., 1., -1.)])
 def test_joint_norm_refuses(arguments):
-    with pytest.raises(ValueError): joint_norm(*arguments)
+    with pytest.raises(ValueError):
+        joint_norm(*arguments)
 
 
 @pytest.mark.parametrize('n_classes', [2, 3, 10])
 def test_flip_ends_where_the_true_label_stops_being_the_likeliest(n_classes):
     end = 1 - 1 / n_classes
     for flip in (end, np.nextafter(end, 1), 1., 1.5, math.inf):
-        with pytest.raises(ValueError, match='flip'): relabelled_radius(.999, 1., flip, 1, n_classes)
+        with pytest.raises(ValueError, match='flip'):
+            relabelled_radius(.999, 1., flip, 1, n_classes)
     assert relabelled_radius(.999, 1., end - 1e-6, 1, n_classes) > 3 # nothing to be seen of one wrong label
 
 
@@ -190,7 +216,7 @@ def test_without_label_noise_no_wrong_label_is_covered():
 def test_ten_thousand_values_a_second(flip, r, smallest):
     "Of processor time, tables of the labels included"
     p_a = 1 - np.geomspace(smallest, .49, 10_000)
-    flip_law.cache_clear()
+    _flip_law.cache_clear()
     start = time.process_time()
     radii = relabelled_radius(p_a, 1., flip, r)
     assert time.process_time() - start < 1 and np.isfinite(radii).mean() > .5
@@ -198,7 +224,7 @@ def test_ten_thousand_values_a_second(flip, r, smallest):
 
 @pytest.mark.parametrize('flip', [.45, .4985, .499])
 def test_one_value_of_a_hundred_thousand_rows_within_a_second(flip):
-    flip_law.cache_clear()
+    _flip_law.cache_clear()
     start = time.process_time()
     relabelled_radius(1., 1., flip, 100_000, log_q_a=-200., log_p_b=-200.)
     assert time.process_time() - start < 1

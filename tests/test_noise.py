@@ -33,7 +33,8 @@ def low_bits_agree(n=60_000):
 
 def test_addresses_that_agree_in_32_bits_have_their_own_numbers():
     a, b = low_bits_agree()
-    old = [torch.randn(50, generator=torch.Generator().manual_seed(stream(0, 'train-noise', k))) for k in (a, b)]
+    old = [torch.randn(50, generator=torch.Generator().manual_seed(stream(0, 'train-noise', k)))
+           for k in (a, b)]
     assert torch.equal(*old)
     new = [torch.randn(50_000, generator=generator(0, 'train-noise', k)) for k in (a, b)]
     assert abs(np.corrcoef(*map(torch.Tensor.numpy, new))[0, 1]) < 4 / 50_000**.5
@@ -51,7 +52,8 @@ def test_no_two_of_a_million_addresses_share_their_state():
     # The first 128 bits of each state; that they are the state's is the next test.
     seen = set()
     for seed, purpose in ((0, 'train-noise'), (2**32, 'train-noise'), (0, 'dp-noise'), (0, 'start')):
-        seen.update(noise._words(noise._address(seed, purpose, (k, row)), 4).tobytes() for k in range(500) for row in range(500))
+        seen.update(noise._words(noise._address(seed, purpose, (k, row)), 4).tobytes() for k in range(500)
+                    for row in range(500))
     assert len(seen) == 10**6
 
 
@@ -67,7 +69,8 @@ def test_full_states_of_some_hundred_addresses():
 
 @pytest.mark.slow
 def test_generators_of_a_million_addresses_differ_in_their_whole_state():
-    seen = {hashlib.blake2b(bits(generator(s, 'train-noise', k)), digest_size=16).digest() for s in range(100) for k in range(10_000)}
+    seen = {hashlib.blake2b(bits(generator(s, 'train-noise', k)), digest_size=16).digest() for s in range(100)
+            for k in range(10_000)}
     assert len(seen) == 10**6
 
 
@@ -93,17 +96,21 @@ def test_numbers_follow_their_law_within_and_across_streams(law):
     rows = np.stack([law.sample((2000,), generator(0, 'train-noise', k)).numpy() for k in range(300)])
     assert stats.kstest(rows.ravel(), cdf).pvalue > 1e-4
     assert stats.kstest(rows[:, 0], cdf).pvalue > 1e-4  # the first number of every stream
-    for a, b in ((rows[:, :-1], rows[:, 1:]), (rows[:-1], rows[1:])):  # neighbours in a stream, neighbouring streams
+    # neighbours in a stream, neighbouring streams
+    for a, b in ((rows[:, :-1], rows[:, 1:]), (rows[:-1], rows[1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / a.size**.5
     assert np.abs(np.corrcoef(rows) - np.eye(300)).max() < 5.5 / 2000**.5
 
 
 def test_a_stream_is_the_same_in_a_copy_and_in_another_process():
     drawn = torch.randn(1000, generator=generator(3, 'test-noise', 8))
-    assert torch.equal(torch.randn(1000, generator=pickle.loads(pickle.dumps(generator(3, 'test-noise', 8)))), drawn)
+    assert torch.equal(torch.randn(1000, generator=pickle.loads(pickle.dumps(generator(3, 'test-noise', 8)))),
+                       drawn)
     ask = ("import torch, hashlib; from rab_nb.noise import generator, rng; "
-           "print(hashlib.sha256(torch.randn(1000, generator=generator(3, 'test-noise', 8)).numpy().tobytes()).hexdigest(), rng(3, 'x').random())")
-    there = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True, check=True).stdout.split()
+           "print(hashlib.sha256(torch.randn(1000, generator=generator(3, 'test-noise', "
+           "8)).numpy().tobytes()).hexdigest(), rng(3, 'x').random())")
+    there = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True,
+                           check=True).stdout.split()
     assert there == [hashlib.sha256(drawn.numpy().tobytes()).hexdigest(), str(rng(3, 'x').random())]
 
 
@@ -111,22 +118,28 @@ def test_the_global_generator_is_lent_and_given_back():
     torch.manual_seed(5)
     torch.randn(3)  # an odd number of normal numbers leaves one over, which is part of the state too
     before = torch.get_rng_state()
-    with global_stream(0, 'start', 7): drawn = torch.rand(9)
+    with global_stream(0, 'start', 7):
+        drawn = torch.rand(9)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(drawn, torch.rand(9, generator=generator(0, 'start', 7)))
-    with pytest.raises(KeyError), global_stream(0, 'start', 7): raise KeyError
+    with pytest.raises(KeyError), global_stream(0, 'start', 7):
+        raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
-    with global_stream(0, 'start', 7), global_stream(0, 'start', 8): pass
+    with global_stream(0, 'start', 7), global_stream(0, 'start', 8):
+        pass
     a, b = low_bits_agree()
-    with global_stream(0, 'train-noise', a): first = torch.nn.Linear(20, 20).weight.detach()
-    with global_stream(0, 'train-noise', b): second = torch.nn.Linear(20, 20).weight.detach()
+    with global_stream(0, 'train-noise', a):
+        first = torch.nn.Linear(20, 20).weight.detach()
+    with global_stream(0, 'train-noise', b):
+        second = torch.nn.Linear(20, 20).weight.detach()
     assert not torch.isclose(first, second).any()
 
 
 def test_dropout_follows_the_stream():
     layer, x = torch.nn.Dropout(.5), torch.ones(200)
     def dropped(k):
-        with global_stream(0, 'layers', k): return layer(x)
+        with global_stream(0, 'layers', k):
+            return layer(x)
     assert torch.equal(dropped(1), dropped(1)) and not torch.equal(dropped(1), dropped(2))
 
 
@@ -142,31 +155,43 @@ def test_streams_of_a_gpu():
     assert g.initial_seed() == stream(0, 'x', 3)
     assert g.get_offset() == noise._philox_offset(noise._words(noise._address(0, 'x', (3,)), 2))
     a, b = low_bits_agree()
-    first, second = (torch.randn(50_000, generator=generator(0, 'train-noise', k, device='cuda'), device='cuda').cpu().numpy() for k in (a, b))
-    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / 50_000**.5 and stats.kstest(first, 'norm').pvalue > 1e-4
+    first, second = (torch.randn(50_000, generator=generator(0, 'train-noise', k, device='cuda'),
+                                 device='cuda').cpu().numpy() for k in (a, b))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / 50_000**.5
+    assert stats.kstest(first, 'norm').pvalue > 1e-4
     before = torch.cuda.get_rng_state()
-    with global_stream(0, 'x', 3, device='cuda'): drawn = torch.rand(1000, device='cuda')
+    with global_stream(0, 'x', 3, device='cuda'):
+        drawn = torch.rand(1000, device='cuda')
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert torch.equal(drawn, torch.rand(1000, device='cuda', generator=generator(0, 'x', 3, device='cuda')))
 
 
-@pytest.mark.parametrize('seed, index', [(0., ()), (0, (1.5,)), (None, ()), ('0', ()), (0, (np.float32(1),)), (0, (np.array([1, 2]),))], ids=repr)
+@pytest.mark.parametrize('seed, index',
+                         [(0., ()), (0, (1.5,)), (None, ()), ('0', ()), (0, (np.float32(1),)),
+                          (0, (np.array([1, 2]),))], ids=repr)
 def test_an_address_of_other_than_whole_numbers_is_refused(seed, index):
     for draw in (stream, generator, rng):
-        with pytest.raises(ValueError, match='whole numbers'): draw(seed, 'x', *index)
-    with pytest.raises(ValueError, match='whole numbers'), global_stream(seed, 'x', *index): pass
+        with pytest.raises(ValueError, match='whole numbers'):
+            draw(seed, 'x', *index)
+    with pytest.raises(ValueError, match='whole numbers'), global_stream(seed, 'x', *index):
+        pass
 
 
 def test_whole_numbers_of_any_kind_name_the_same_stream():
-    assert stream(3, 'x', 1) == stream(np.int64(3), 'x', np.uint8(1)) == stream(torch.tensor(3), 'x', torch.tensor(1)) == stream(3, 'x', True)
+    of_numpy, of_torch = stream(np.int64(3), 'x', np.uint8(1)), stream(torch.tensor(3), 'x', torch.tensor(1))
+    assert stream(3, 'x', 1) == of_numpy == of_torch == stream(3, 'x', True)
 
 
 def test_another_layout_of_the_state_is_refused(monkeypatch):
-    shifted = np.dtype([('seed', 'u8'), ('seeded', 'i4'), ('left', 'i4'), ('next', 'u8'), ('words', '>u8', 624), ('normals', 'u1', 40)])
-    for layout in (shifted, np.dtype([(n, noise._TWISTER[n]) for n in noise._TWISTER.names[:-1]] + [('normals', 'u1', 48)])):
+    shifted = np.dtype([('seed', 'u8'), ('seeded', 'i4'), ('left', 'i4'), ('next', 'u8'),
+                        ('words', '>u8', 624), ('normals', 'u1', 40)])
+    for layout in (shifted,
+                   np.dtype([(n, noise._TWISTER[n]) for n in noise._TWISTER.names[:-1]]
+                            + [('normals', 'u1', 48)])):
         monkeypatch.setattr(noise, '_TWISTER', layout)
         noise._check_twister.cache_clear()
-        with pytest.raises(RuntimeError, match=r'torch .* another layout'): generator(0, 'x')
+        with pytest.raises(RuntimeError, match=r'torch .* another layout'):
+            generator(0, 'x')
     monkeypatch.undo()
     noise._check_twister.cache_clear()
     generator(0, 'x')

@@ -21,7 +21,8 @@ def built(tmp_path_factory):
     source = tmp_path_factory.mktemp('source')
     files = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', cwd=ROOT).split('\n')
     for name in filter(None, files):
-        if name.startswith(('rab_nb/', 'setup', 'settings', 'pyproject', 'MANIFEST', 'README', 'LICENSE', 'CITATION', 'constraints')):
+        if name.startswith(('rab_nb/', 'setup', 'settings', 'pyproject', 'MANIFEST', 'README', 'LICENSE',
+                            'CITATION', 'constraints')):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     run(sys.executable, '-m', 'build', '--outdir', source / 'dist', source)
@@ -31,7 +32,8 @@ def built(tmp_path_factory):
 def test_wheel_holds_modules_and_numbers(built):
     [wheel] = built.glob('*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f'rab_nb/{path.name}' for path in (ROOT / 'rab_nb').iterdir() if path.suffix in ('.py', '.csv')}
+    modules = {f'rab_nb/{path.name}' for path in (ROOT / 'rab_nb').iterdir()
+               if path.suffix in ('.py', '.csv')}
     assert modules <= names
     assert not {name for name in names if name.startswith(('nbs', 'tests', 'results'))}
 
@@ -41,7 +43,8 @@ def test_sdist_installs_and_every_module_imports(built, tmp_path):
     venv.create(tmp_path / 'env', with_pip=True, system_site_packages=False)
     python = tmp_path / 'env/bin/python'
     run(python, '-m', 'pip', 'install', '--quiet', '--no-deps', sdist)
-    site = run(sys.executable, '-c', 'import numpy, pathlib; print(pathlib.Path(numpy.__file__).parent.parent)').strip()
+    site = run(sys.executable, '-c',
+               'import numpy, pathlib; print(pathlib.Path(numpy.__file__).parent.parent)').strip()
     script = f'''
 import importlib, pathlib, sys
 sys.path.append({site!r})

@@ -1,4 +1,5 @@
-"The documentation: links that cannot break unnoticed, outputs that are checked, and the finished site in a real browser (`make test-site`)."
+"""The documentation: links that cannot break unnoticed, outputs that are checked, and the finished site in a
+real browser (`make test-site`)."""
 import base64
 import io
 import re
@@ -27,8 +28,10 @@ def names():
 
 
 @pytest.mark.parametrize('code, full', [
-    ('`certify`', 'certificate.certify'), ('`certify(probabilities, noise)`', 'certificate.certify'), ('`Certificate.covers`', 'certificate.Certificate.covers'),
-    ('`rab_nb.noise.stream`', 'noise.stream'), ('`noise.stream`', 'noise.stream'), ('`rab_nb.bounds`', 'bounds')])
+    ('`certify`', 'certificate.certify'), ('`certify(probabilities, noise)`', 'certificate.certify'),
+    ('`Certificate.covers`', 'certificate.Certificate.covers'),
+    ('`rab_nb.noise.stream`', 'noise.stream'), ('`noise.stream`', 'noise.stream'),
+    ('`rab_nb.bounds`', 'bounds')])
 def test_public_names_link_to_their_reference(names, code, full):
     assert names.link(code) == f'{{py:obj}}{code[:-1]} <rab_nb.{full}>`'
 
@@ -41,7 +44,8 @@ def test_other_code_stays_as_it_is(names, code):
 def test_every_public_name_has_an_entry():
     for module in reference.load(ROOT / 'rab_nb').values():
         text = reference.page(module, str, lambda name: '')
-        for name in module.public: assert re.search(rf'\{{py:\w+\}} {name}\b', text), f'rab_nb.{module.name}.{name}'
+        for name in module.public:
+            assert re.search(rf'\{{py:\w+\}} {name}\b', text), f'rab_nb.{module.name}.{name}'
 
 
 def test_reference_tells_arguments_errors_and_results():
@@ -60,26 +64,34 @@ def test_numbers_link_only_in_prose():
     numbers.tables = {'1': '/results/quick/table1.ipynb'}
     text = 'Theorem 1 with (24), `f(24)`, $f(24)$ and f(24): Tables 1 and 2.'
     linked = links.rewrite(text, prose=lambda piece: numbers.link(piece, 'noise'))
-    assert linked == '[Theorem 1](#theorem-1) with [(24)](#eq-24), `f(24)`, $f(24)$ and f(24): Tables [1](/results/quick/table1.ipynb) and 2.'
+    assert linked == ('[Theorem 1](#theorem-1) with [(24)](#eq-24), `f(24)`, $f(24)$ and f(24): '
+                      'Tables [1](/results/quick/table1.ipynb) and 2.')
 
 
 def test_files_become_pages_repository_links_or_errors():
-    files = links.Files(ROOT, {'nbs/02_bounds.ipynb': 'bounds.ipynb'}, 'https://host/repo', lambda path: '/files/' + path)
-    assert files.link('[b](02_bounds.ipynb#Two-sides)', 'nbs/01_noise.ipynb') == '[b](/bounds.ipynb#two-sides)'
-    assert files.link('[s](../settings.ini)', 'nbs/01_noise.ipynb') == '[s](https://host/repo/blob/main/settings.ini)'
+    files = links.Files(ROOT, {'nbs/02_bounds.ipynb': 'bounds.ipynb'}, 'https://host/repo',
+                        lambda path: '/files/' + path)
+    assert files.link('[b](02_bounds.ipynb#Two-sides)',
+                      'nbs/01_noise.ipynb') == '[b](/bounds.ipynb#two-sides)'
+    assert files.link('[s](../settings.ini)',
+                      'nbs/01_noise.ipynb') == '[s](https://host/repo/blob/main/settings.ini)'
     files.link('[x](99_absent.ipynb)', 'nbs/01_noise.ipynb')
     assert files.broken == ['nbs/01_noise.ipynb: 99_absent.ipynb']
 
 
 def test_finished_site_is_checked(tmp_path):
-    (tmp_path / 'a.html').write_text('<p id="here"><a href="b.html">b</a><a href="#here">ok</a><a href="#gone">x</a><img src="a.html"><img src="a.html" alt="fine">')
+    (tmp_path / 'a.html').write_text('<p id="here"><a href="b.html">b</a><a href="#here">ok</a><a '
+                                     'href="#gone">x</a><img src="a.html"><img src="a.html" alt="fine">')
     complaints = '\n'.join(build.check(tmp_path))
-    assert 'b.html leads nowhere' in complaints and '#gone has no such place' in complaints and 'no alternative text' in complaints
+    assert 'b.html leads nowhere' in complaints
+    assert '#gone has no such place' in complaints
+    assert 'no alternative text' in complaints
     assert complaints.count('\n') == 2
 
 
 def test_alternative_text_is_the_sentence_before():
-    assert links.last_sentence('## Head\n\nFirst. The radius $r$ grows with `sigma`:') == 'The radius r grows with sigma.'
+    prose = '## Head\n\nFirst. The radius $r$ grows with `sigma`:'
+    assert links.last_sentence(prose) == 'The radius r grows with sigma.'
 
 
 # ---- saved outputs --------------------------------------------------------------------------------
@@ -104,13 +116,16 @@ def test_changed_output_is_found():
     assert list(notebooks.differences(cell('0.25\n'), cell('0.25\n'))) == []
     [complaint] = notebooks.differences(cell('0.25\n'), cell('0.26\n'))
     assert '-0.25' in complaint and '+0.26' in complaint
-    assert list(notebooks.differences(cell('50%', 'stderr'), cell('51%', 'stderr'))) == [], 'progress bars do not count'
+    assert list(notebooks.differences(cell('50%', 'stderr'),
+                                      cell('51%', 'stderr'))) == [], 'progress bars do not count'
 
 
 def test_check_reruns_a_notebook(tmp_path):
     import nbformat
-    code = nbformat.v4.new_code_cell('print(6 * 7)', outputs=[nbformat.v4.new_output('stream', name='stdout', text='41\n')])
-    skipped = nbformat.v4.new_code_cell('#| slow\nprint(1)', outputs=[nbformat.v4.new_output('stream', name='stdout', text='2\n')])
+    code = nbformat.v4.new_code_cell('print(6 * 7)',
+                                     outputs=[nbformat.v4.new_output('stream', name='stdout', text='41\n')])
+    skipped = nbformat.v4.new_code_cell('#| slow\nprint(1)',
+                                        outputs=[nbformat.v4.new_output('stream', name='stdout', text='2\n')])
     path = tmp_path / 'wrong.ipynb'
     nbformat.write(nbformat.v4.new_notebook(cells=[code, skipped]), path)
     [complaint] = notebooks.check(path)
@@ -120,27 +135,46 @@ def test_check_reruns_a_notebook(tmp_path):
 # ---- the site in a browser ------------------------------------------------------------------------
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run '
-         '--disable-default-apps --hide-scrollbars').split()
+FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-background-networking '
+         '--disable-component-update --disable-sync --no-first-run --disable-default-apps '
+         '--hide-scrollbars').split()
 WIDTHS = {1280: 900, 390: 844}
 CONTRAST = '''
 const rgb = c => { const v = c.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
-const light = v => { const f = v.slice(0, 3).map(x => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4); return .2126 * f[0] + .7152 * f[1] + .0722 * f[2]; };
+const light = v => {
+  const f = v.slice(0, 3).map(x => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+  return .2126 * f[0] + .7152 * f[1] + .0722 * f[2];
+};
 const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
-const behind = e => { const stack = []; for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3]) stack.push(c); if (c[3] == 1) break; }
-                      return stack.reverse().reduce((below, top) => over(top, below), [255, 255, 255]); };
+const behind = e => {
+  const stack = [];
+  for (; e; e = e.parentElement) {
+    const c = rgb(getComputedStyle(e).backgroundColor);
+    if (c[3]) stack.push(c);
+    if (c[3] == 1) break;
+  }
+  return stack.reverse().reduce((below, top) => over(top, below), [255, 255, 255]);
+};
 const out = [], walk = document.createTreeWalker(document.querySelector('article'), NodeFilter.SHOW_TEXT);
 while (walk.nextNode()) {
   const e = walk.currentNode.parentElement, box = e.getBoundingClientRect();
-  if (!walk.currentNode.data.trim() || !box.width || e.closest('mjx-assistive-mml, .headerlink, script, style, .sd-stretched-link')) continue;
+  if (!walk.currentNode.data.trim() || !box.width) continue;
+  if (e.closest('mjx-assistive-mml, .headerlink, script, style, .sd-stretched-link')) continue;
   const back = behind(e), a = light(over(rgb(getComputedStyle(e).color), back)), b = light(back);
-  out.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), !!e.closest('pre'), walk.currentNode.data.trim().slice(0, 40)]);
+  const text = walk.currentNode.data.trim().slice(0, 40);
+  out.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), !!e.closest('pre'), text]);
 }
 return out;'''
 OVERFLOW = '''
-const width = document.documentElement.clientWidth, scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
-const inside = e => { for (let p = e.parentElement; p; p = p.parentElement) if (scrolls(p) && p.getBoundingClientRect().right <= width + 1) return true; return false; };
-const wide = [...document.querySelectorAll('article table, article pre, article img, article mjx-container')].filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e) && !inside(e));
+const width = document.documentElement.clientWidth;
+const scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
+const fits = e => e.getBoundingClientRect().right <= width + 1;
+const inside = e => {
+  for (let p = e.parentElement; p; p = p.parentElement) if (scrolls(p) && fits(p)) return true;
+  return false;
+};
+const kinds = 'article table, article pre, article img, article mjx-container';
+const wide = [...document.querySelectorAll(kinds)].filter(e => !fits(e) && !scrolls(e) && !inside(e));
 return [document.documentElement.scrollWidth - width, wide.map(e => e.outerHTML.slice(0, 80))];'''
 
 
@@ -156,11 +190,13 @@ def site():
 def browser():
     webdriver = pytest.importorskip('selenium.webdriver', reason='no selenium: pip install selenium')
     driver = shutil.which('chromedriver')
-    if not (CHROMIUM and driver): pytest.skip('no browser: apt-get install chromium chromium-driver')
+    if not (CHROMIUM and driver):
+        pytest.skip('no browser: apt-get install chromium chromium-driver')
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in FLAGS: options.add_argument(flag)
+    for flag in FLAGS:
+        options.add_argument(flag)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
     driver = webdriver.Chrome(options=options, service=Service(driver))
     yield driver
@@ -174,17 +210,23 @@ def wait(browser, script, seconds=20):
 
 def visit(browser, url, width=1280, dark=False):
     "Open a page as a reader with this window would; what it did before is forgotten."
-    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {'width': width, 'height': WIDTHS[width], 'deviceScaleFactor': 1, 'mobile': width < 600})
-    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride',
+                            {'width': width, 'height': WIDTHS[width], 'deviceScaleFactor': 1,
+                             'mobile': width < 600})
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia',
+                            {'features': [{'name': 'prefers-color-scheme',
+                                           'value': 'dark' if dark else 'light'}]})
     browser.get_log('browser'), browser.get_log('performance')
     browser.get(url)
     wait(browser, "document.readyState == 'complete'")
-    settle = 'const done = arguments[0]; if (!window.MathJax || !MathJax.startup) return done(); MathJax.startup.promise.then(done, done);'
+    settle = ('const done = arguments[0]; if (!window.MathJax || !MathJax.startup) return done(); '
+              'MathJax.startup.promise.then(done, done);')
     browser.execute_async_script(settle)
 
 
 def complaints(browser):
-    return [entry['message'] for entry in browser.get_log('browser') if entry['level'] in ('SEVERE', 'WARNING')]
+    return [entry['message'] for entry in browser.get_log('browser')
+            if entry['level'] in ('SEVERE', 'WARNING')]
 
 
 def requests(browser):
@@ -198,19 +240,24 @@ def away(urls):
 
 
 def unloaded(browser):
-    return browser.execute_script('return [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)')
+    return browser.execute_script('return [...document.images].filter(i => !(i.complete && '
+                                  'i.naturalWidth)).map(i => i.src)')
 
 
 def shoot(browser, name):
     SHOTS.mkdir(parents=True, exist_ok=True)
     width, height = browser.execute_script('return [innerWidth, document.documentElement.scrollHeight]')
-    options = {'captureBeyondViewport': True, 'clip': {'x': 0, 'y': 0, 'width': width, 'height': min(height, 3 * width + 1000), 'scale': 1}}
-    (SHOTS / f'{name}.png').write_bytes(base64.b64decode(browser.execute_cdp_cmd('Page.captureScreenshot', options)['data']))
+    options = {'captureBeyondViewport': True,
+               'clip': {'x': 0, 'y': 0, 'width': width, 'height': min(height, 3 * width + 1000), 'scale': 1}}
+    (SHOTS / f'{name}.png').write_bytes(
+        base64.b64decode(browser.execute_cdp_cmd('Page.captureScreenshot', options)['data']))
 
 
 def page(site, kind):
-    tables = sorted(site.glob('results/*/table[1-9].html'), key=lambda path: (build.PROFILES.index(path.parent.name), path.name))
-    if kind == 'table' and not tables: pytest.skip('no table has been run yet: make tables')
+    tables = sorted(site.glob('results/*/table[1-9].html'),
+                    key=lambda path: (build.PROFILES.index(path.parent.name), path.name))
+    if kind == 'table' and not tables:
+        pytest.skip('no table has been run yet: make tables')
     return tables[0] if kind == 'table' else site / f'{kind}.html'
 
 
@@ -224,9 +271,12 @@ def test_page(browser, site, kind, width):
     asked = requests(browser)
     assert asked and away(asked) == []
     assert unloaded(browser) == []
-    formulas, typeset = browser.execute_script("return [document.querySelectorAll('article .math').length, document.querySelectorAll('article .math mjx-container').length]")
+    count = "document.querySelectorAll('{}').length"
+    pair = f"[{count.format('article .math')}, {count.format('article .math mjx-container')}]"
+    formulas, typeset = browser.execute_script(f'return {pair}')
     assert typeset >= formulas and (formulas > 0 or kind not in ('index', 'theory'))
-    assert browser.execute_script("return document.querySelectorAll('mjx-merror, .problematic, .system-message').length") == 0
+    assert browser.execute_script("return document.querySelectorAll('mjx-merror, .problematic, "
+                                  ".system-message').length") == 0
     assert browser.execute_script(OVERFLOW) == [0, []]
 
 
@@ -247,8 +297,10 @@ def test_theme_button(browser, site):
     visit(browser, (site / 'theory.html').as_uri())
     colours = set()
     for _ in range(3):
-        browser.execute_script("[...document.querySelectorAll('.theme-toggle')].find(e => e.offsetParent).click()")
-        colours.add(browser.execute_script("return document.body.dataset.theme + getComputedStyle(document.body).backgroundColor"))
+        browser.execute_script("[...document.querySelectorAll('.theme-toggle')].find(e => "
+                               "e.offsetParent).click()")
+        colours.add(browser.execute_script("return document.body.dataset.theme + "
+                                           "getComputedStyle(document.body).backgroundColor"))
     assert len(colours) == 3
     browser.execute_script('localStorage.clear()')
 
@@ -260,7 +312,8 @@ def test_search_from_files(browser, site):
     browser.find_element('css selector', '.sidebar-search').send_keys('Hoeffding', Keys.ENTER)
     wait(browser, "document.querySelectorAll('ul.search li a').length > 2")
     wait(browser, "/[Ff]ound|[Ff]inished/.test(document.querySelector('#search-results').innerText)")
-    hits = browser.execute_script("return [...document.querySelectorAll('ul.search li a')].map(a => a.href.split('/').pop().split(/[?#]/)[0])")
+    hits = browser.execute_script("return [...document.querySelectorAll('ul.search li a')].map(a => "
+                                  "a.href.split('/').pop().split(/[?#]/)[0])")
     shoot(browser, 'search-hoeffding')
     assert 'bounds.html' in hits[:5]
     assert complaints(browser) == [] and away(requests(browser)) == []
@@ -268,17 +321,22 @@ def test_search_from_files(browser, site):
 
 @pytest.mark.slow
 def test_two_clicks_to_my_own_model(browser, site):
-    if not (site / 'tutorials/own_model.html').exists(): pytest.skip('the tutorial is not written yet')
+    if not (site / 'tutorials/own_model.html').exists():
+        pytest.skip('the tutorial is not written yet')
     visit(browser, (site / 'index.html').as_uri())
-    browser.execute_script("[...document.querySelectorAll('.sd-card')].find(e => e.innerText.includes('Certify my own model')).querySelector('a').click()")
-    wait(browser, "location.pathname.endsWith('tutorials/own_model.html') && document.readyState == 'complete'")
+    browser.execute_script("[...document.querySelectorAll('.sd-card')].find(e => "
+                           "e.innerText.includes('Certify my own model')).querySelector('a').click()")
+    wait(browser,
+         "location.pathname.endsWith('tutorials/own_model.html') && document.readyState == 'complete'")
 
 
 @pytest.mark.slow
 def test_the_tests_see_a_bad_page(browser, tmp_path):
     bad = tmp_path / 'bad.html'
-    bad.write_text('<meta name=viewport content="width=device-width"><body style="background:#111"><article><p style="color:#333">pale</p>'
-                   '<img src="http://127.0.0.1:9/x.png"><table style="width:900px"><tr><td>wide</td></tr></table></article><script>gone()</script>')
+    bad.write_text('<meta name=viewport content="width=device-width"><body '
+                   'style="background:#111"><article><p style="color:#333">pale</p><img '
+                   'src="http://127.0.0.1:9/x.png"><table '
+                   'style="width:900px"><tr><td>wide</td></tr></table></article><script>gone()</script>')
     visit(browser, bad.as_uri(), 390)
     assert any('gone' in text for text in complaints(browser))
     assert away(requests(browser)) == ['http://127.0.0.1:9/x.png'] == unloaded(browser)
