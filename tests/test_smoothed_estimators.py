@@ -293,7 +293,7 @@ def test_constants_are_no_preprocessing_that_was_fitted():
 
 @pytest.mark.parametrize('wrap', [lambda f: make_pipeline(make_pipeline(f), LinearSVC()),
                                   lambda f: make_pipeline(make_union(f, StandardScaler()), LinearSVC()),
-                                  lambda f: make_pipeline(make_column_transformer((f, [0, 1, 2])), LinearSVC()),
+                                  lambda f: make_pipeline(make_column_transformer((f, slice(3))), LinearSVC()),
                                   lambda f: BaggingClassifier(make_pipeline(f, LinearSVC()), 2)],
                          ids=['pipeline', 'union', 'columns', 'bagging'])
 def test_what_was_fitted_before_is_found_in_depth(wrap):
