@@ -291,10 +291,13 @@ def test_constants_are_no_preprocessing_that_was_fitted():
     assert quiet(make_pipeline(FunctionTransformer(halved), LinearSVC()))
 
 
-@pytest.mark.parametrize('wrap', [lambda f: make_pipeline(make_pipeline(f), LinearSVC()),
-                                  lambda f: make_pipeline(make_union(f, StandardScaler()), LinearSVC()),
-                                  lambda f: make_pipeline(make_column_transformer((f, slice(3))), LinearSVC()),
-                                  lambda f: BaggingClassifier(make_pipeline(f, LinearSVC()), 2)],
-                         ids=['pipeline', 'union', 'columns', 'bagging'])
-def test_what_was_fitted_before_is_found_in_depth(wrap):
-    assert not quiet(wrap(FrozenEstimator(StandardScaler().fit(X)))) and quiet(wrap(StandardScaler()))
+WRAPPED = dict(pipeline=lambda f: make_pipeline(make_pipeline(f), LinearSVC()),
+               union=lambda f: make_pipeline(make_union(f, StandardScaler()), LinearSVC()),
+               columns=lambda f: make_pipeline(make_column_transformer((f, slice(3))), LinearSVC()),
+               bagging=lambda f: BaggingClassifier(make_pipeline(f, LinearSVC()), 2))
+
+
+@pytest.mark.parametrize('name', WRAPPED)
+def test_what_was_fitted_before_is_found_in_depth(name):
+    wrap, scaler = WRAPPED[name], StandardScaler()
+    assert not quiet(wrap(FrozenEstimator(clone(scaler).fit(X)))) and quiet(wrap(scaler))
