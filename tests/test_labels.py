@@ -1,5 +1,4 @@
 "Radii with wrong labels against 36 digits, enumeration, linear order of cells and a real adversary."
-
 import itertools
 import math
 
@@ -34,9 +33,8 @@ def bisect(f, low, high, steps=130):
 
 def clean_mass(total, step, s, q):
     "The most clean mass of a set that has q under the poisoned law, by Neyman and Pearson, at shift s > 0"
-    poisoned = lambda t: mp.fsum(
-        p * mp.exp(-k * step) * mp.ncdf(-(t - k * step) / s - s / 2) for k, p in total.items()
-    )
+    poisoned = lambda t: mp.fsum(p * mp.exp(-k * step) * mp.ncdf(-(t - k * step) / s - s / 2)
+                                 for k, p in total.items())
     reach = max(abs(k) for k in total) * step + s * s + 80 * s
     t = bisect(lambda t: poisoned(t) - q, -reach, reach)
     return mp.fsum(p * mp.ncdf(s / 2 - (t - k * step) / s) for k, p in total.items())
@@ -45,17 +43,15 @@ def clean_mass(total, step, s, q):
 def spare(q, flip, r, n_classes=2, p_b=None):
     "shift -> what the winner with 1 - q has left beyond its rival, > 0 where the prediction is certain"
     total, step = law(flip, r, n_classes)
-    if p_b is None:
-        return lambda s: 1 - 2 * clean_mass(total, step, s, q)
+    if p_b is None: return lambda s: 1 - 2 * clean_mass(total, step, s, q)
     return lambda s: 1 - clean_mass(total, step, s, q) - clean_mass(total, step, s, mp.mpf(p_b))
 
 
 def right(got, left):
     "Whether a radius is certified, and one that is 1e-9 larger is not"
-    if np.isnan(got):
-        return left(mp.mpf(10) ** -13) <= 0
+    if np.isnan(got): return left(mp.mpf(10)**-13) <= 0
     got = mp.mpf(float(got))
-    return left(got) > 0 and left(got + max(got / 10**9, mp.mpf(10) ** -12)) <= 0
+    return left(got) > 0 and left(got + max(got / 10**9, mp.mpf(10)**-12)) <= 0
 
 
 @pytest.fixture(autouse=True)
@@ -64,195 +60,136 @@ def digits():
         yield
 
 
-CASES = [
-    (0.9, 0.4, 1),
-    (0.99, 0.4, 5),
-    (0.999, 0.475, 12),
-    (0.6, 0.49, 2),
-    (0.9999, 0.3, 4),
-    (1 - 1e-12, 0.1, 3),
-    (0.95, 0.2, 1),
-    (0.999999, 0.25, 7),
-    (0.51, 0.499, 1),
-    (1 - 1e-9, 0.01, 1),
-    (1 - 1e-15, 0.02, 2),
-]
+CASES = [(.9, .4, 1), (.99, .4, 5), (.999, .475, 12), (.6, .49, 2), (.9999, .3, 4), (1 - 1e-12, .1, 3),
+         (.95, .2, 1),
+         (.999999, .25, 7), (.51, .499, 1), (1 - 1e-9, .01, 1), (1 - 1e-15, .02, 2)]
 
 
 @pytest.mark.parametrize('p_a, flip, r', CASES)
 def test_two_classes(p_a, flip, r):
-    assert right(relabelled_radius(p_a, 1.0, flip, r), spare(1 - mp.mpf(p_a), flip, r))
+    assert right(relabelled_radius(p_a, 1., flip, r), spare(1 - mp.mpf(p_a), flip, r))
 
 
-@pytest.mark.parametrize(
-    'p_a, p_b, flip, r, c',
-    [
-        (0.9, 0.02, 0.6, 2, 3),
-        (0.99, 0.01, 0.7, 3, 4),
-        (0.999, 0.0005, 0.85, 6, 10),
-        (0.8, 0.15, 0.5, 1, 3),
-        (0.97, 0.03, 0.4, 3, 3),
-        (0.7, 0.1, 0.66, 4, 3),
-    ],
-)
+@pytest.mark.parametrize('p_a, p_b, flip, r, c',
+                         [(.9, .02, .6, 2, 3), (.99, .01, .7, 3, 4), (.999, .0005, .85, 6, 10),
+                          (.8, .15, .5, 1, 3),
+                          (.97, .03, .4, 3, 3), (.7, .1, .66, 4, 3)])
 def test_many_classes(p_a, p_b, flip, r, c):
-    assert right(relabelled_radius(p_a, 1.0, flip, r, c, p_b), spare(1 - mp.mpf(p_a), flip, r, c, p_b))
+    assert right(relabelled_radius(p_a, 1., flip, r, c, p_b), spare(1 - mp.mpf(p_a), flip, r, c, p_b))
 
 
 @pytest.mark.parametrize('exponent', [20, 100, 300])
 def test_far_tails(exponent):
     log_q = -exponent * math.log(10)
-    got = relabelled_radius(1.0, 1.0, 0.3, 5, log_q_a=log_q, log_p_b=log_q)
-    assert right(got, spare(mp.exp(mp.mpf(log_q)), 0.3, 5))
+    got = relabelled_radius(1., 1., .3, 5, log_q_a=log_q, log_p_b=log_q)
+    assert right(got, spare(mp.exp(mp.mpf(log_q)), .3, 5))
 
 
 def test_near_nothing():
     "A radius that nearly vanishes is still right: p_A just above what two wrong labels cost"
     from scipy.optimize import brentq
-
-    nothing = brentq(
-        lambda q: np.nan_to_num(relabelled_radius(1 - q, 1.0, 0.3, 2), nan=-1.0) - 1e-3, 1e-4, 0.4, xtol=1e-16
-    )
-    got = relabelled_radius(1 - nothing, 1.0, 0.3, 2)
-    assert right(got, spare(1 - mp.mpf(1 - nothing), 0.3, 2)) and 0.0005 < got < 0.002
+    nothing = brentq(lambda q: np.nan_to_num(relabelled_radius(1 - q, 1., .3, 2), nan=-1.) - 1e-3, 1e-4, .4,
+                     xtol=1e-16)
+    got = relabelled_radius(1 - nothing, 1., .3, 2)
+    assert right(got, spare(1 - mp.mpf(1 - nothing), .3, 2)) and .0005 < got < .002
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(st.floats(0.01, 0.499), st.integers(1, 9), st.floats(1e-7, 0.49))
+@given(st.floats(.01, .499), st.integers(1, 9), st.floats(1e-7, .49))
 def test_cells_agree(flip, r, q):
     """Fine cells of the line, on every branch of the labels, sorted by ratio: no radius is too large, and
     none far too small"""
     from scipy.stats import binom, norm
-
-    got = relabelled_radius(1 - q, 1.0, flip, r)
+    got = relabelled_radius(1 - q, 1., flip, r)
     grid = np.r_[-np.inf, np.linspace(-12, 18, 4001), np.inf]
     k = np.arange(r + 1)
-
     def least(s):
         poisoned = np.outer(binom.pmf(k, r, flip), np.diff(norm.cdf(grid))).ravel()
         clean = np.outer(binom.pmf(k, r, 1 - flip), np.diff(norm.cdf(grid, loc=s))).ravel()
-        return (
-            LevelSets(poisoned, clean, tolerance=0.0).least(1 - q)
-            if abs(poisoned.sum() - 1) < 1e-9
-            else np.nan
-        )
-
+        return LevelSets(poisoned, clean,
+                         tolerance=0.).least(1 - q) if abs(poisoned.sum() - 1) < 1e-9 else np.nan
     if np.isnan(got):
-        assert least(1e-6) < 0.5 + 1e-6
+        assert least(1e-6) < .5 + 1e-6
     else:
-        assert least(got * (1 - 1e-4)) > 0.5 - 1e-6 and least(got * 1.02 + 0.02) < 0.5 + 1e-3
+        assert least(got * (1 - 1e-4)) > .5 - 1e-6 and least(got * 1.02 + .02) < .5 + 1e-3
 
 
 def test_without_marks_it_is_the_condition_for_labels():
     "At shift 0 condition (12) decides over the finite law of the labels"
-    for flip, r, q in itertools.product((0.1, 0.3, 0.45), (1, 2, 5), (1e-6, 1e-3, 0.02, 0.1, 0.3, 0.45)):
+    for flip, r, q in itertools.product((.1, .3, .45), (1, 2, 5), (1e-6, 1e-3, .02, .1, .3, .45)):
         outcomes = np.array(list(itertools.product([0, 1], repeat=r)))
         clean = np.prod(np.where(outcomes, 1 - flip, flip), 1)
         poisoned = np.prod(np.where(outcomes, flip, 1 - flip), 1)
-        if abs(LevelSets(poisoned, clean).least(1 - q) - 0.5) < 1e-12:  # a tie: neither may certify it
-            assert np.isnan(relabelled_radius(1 - q, 1.0, flip, r))
+        if abs(LevelSets(poisoned, clean).least(1 - q) - .5) < 1e-12:  # a tie: neither may certify it
+            assert np.isnan(relabelled_radius(1 - q, 1., flip, r))
             assert not robustness_condition(list(poisoned), list(clean), 1 - q, q)
             continue
         certified = robustness_condition(list(poisoned), list(clean), 1 - q, q)
-        assert certified == (not np.isnan(relabelled_radius(1 - q, 1.0, flip, r)))
+        assert certified == (not np.isnan(relabelled_radius(1 - q, 1., flip, r)))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(
-    st.floats(0.001, 0.49),
-    st.integers(0, 60),
-    st.floats(1e-250, 0.499),
-    st.integers(2, 12),
-    st.floats(0.01, 100.0),
-)
+@given(st.floats(.001, .49), st.integers(0, 60), st.floats(1e-250, .499), st.integers(2, 12),
+       st.floats(.01, 100.))
 def test_monotone(flip, r, q, n_classes, sigma):
-    usual = dict(
-        p_a=1 - q,
-        sigma=sigma,
-        flip=flip,
-        n_relabelled=r,
-        n_classes=n_classes,
-        p_b=q / 2,
-        log_q_a=math.log(q),
-        log_p_b=math.log(q / 2),
-    )
-    radius = lambda **change: float(np.nan_to_num(relabelled_radius(**usual | change), nan=-1.0))
+    usual = dict(p_a=1 - q, sigma=sigma, flip=flip, n_relabelled=r, n_classes=n_classes,
+                 p_b=q / 2, log_q_a=math.log(q), log_p_b=math.log(q / 2))
+    radius = lambda **change: float(np.nan_to_num(relabelled_radius(**usual | change), nan=-1.))
     slack = 1e-9 * sigma
     now = radius()
     assert radius(n_relabelled=r + 1) <= now + slack
     assert radius(n_classes=n_classes + 1) <= now + slack
-    assert radius(log_q_a=math.log(q) - 0.1) >= now - slack
-    assert radius(log_p_b=math.log(q / 2) - 0.1) >= now - slack
-    assert radius(flip=min(flip * 1.05, 0.4999)) >= now - slack
+    assert radius(log_q_a=math.log(q) - .1) >= now - slack
+    assert radius(log_p_b=math.log(q / 2) - .1) >= now - slack
+    assert radius(flip=min(flip * 1.05, .4999)) >= now - slack
     assert radius(sigma=1.5 * sigma) >= now - slack
     whole = gaussian_radius(1 - q, q / 2, sigma, math.log(q), math.log(q / 2))
     assert now <= whole * (1 + 1e-12) and radius(n_relabelled=0) == whole
 
 
 def test_array_arguments():
-    p_a = np.array([[0.9, 0.999], [0.9999, 1 - 1e-9]])
+    p_a = np.array([[.9, .999], [.9999, 1 - 1e-9]])
     rows = np.array([3, 0])
-    got = relabelled_radius(p_a, 2.0, 0.45, rows)
-    each = [[float(relabelled_radius(p, 2.0, 0.45, int(r))) for p, r in zip(row, rows)] for row in p_a]
+    got = relabelled_radius(p_a, 2., .45, rows)
+    each = [[float(relabelled_radius(p, 2., .45, int(r))) for p, r in zip(row, rows)] for row in p_a]
     assert np.allclose(got, each, rtol=1e-10, equal_nan=True) and got.shape == (2, 2)
-    assert np.isfinite(relabelled_radius(1 - 1e-9, 1.0, 0.475, 1000)) == np.isfinite(
-        relabelled_radius([1 - 1e-9], 1.0, 0.475, 1000)[0]
-    )
+    assert np.isfinite(relabelled_radius(1 - 1e-9, 1., .475,
+                                         1000)) == np.isfinite(
+                                             relabelled_radius([1 - 1e-9], 1., .475, 1000)[0])
 
 
 def test_many_rows():
-    log_q = -200.0
-    got = relabelled_radius(1.0, 1.0, 0.4985, 100_000, log_q_a=log_q, log_p_b=log_q)
-    assert 0 < got < gaussian_radius(1.0, 1.0, 1.0, log_q, log_q)
+    log_q = -200.
+    got = relabelled_radius(1., 1., .4985, 100_000, log_q_a=log_q, log_p_b=log_q)
+    assert 0 < got < gaussian_radius(1., 1., 1., log_q, log_q)
     # the log ratio is nearly Gaussian here
-    sd = 2 * math.sqrt(100_000 * 0.4985 * 0.5015) * math.log(0.5015 / 0.4985)
-    limit = gaussian_radius(1.0, 1.0, 1.0, log_q, log_q) ** 2 - (sd) ** 2
+    sd = 2 * math.sqrt(100_000 * .4985 * .5015) * math.log(.5015 / .4985)
+    limit = gaussian_radius(1., 1., 1., log_q, log_q)**2 - (sd)**2
     assert abs(got**2 / limit - 1) < 2e-3
 
 
-@pytest.mark.parametrize(
-    'bad, word',
-    [
-        (dict(flip=0.5), 'flip'),
-        (dict(flip=-0.1), 'flip'),
-        (dict(flip=float('nan')), 'flip'),
-        (dict(n_relabelled=-1), 'n_relabelled'),
-        (dict(n_relabelled=1.5), 'n_relabelled'),
-        (dict(n_classes=1), 'n_classes'),
-        (dict(p_a=1.1), 'p_a'),
-        (dict(sigma=0.0), 'sigma'),
-        (dict(n_relabelled='3'), 'n_relabelled'),
-        (dict(p_b=2.0), 'p_b'),
-        (dict(n_relabelled=10**9), 'n_relabelled'),
-        (dict(flip=[0.1, 0.2]), 'flip'),
-    ],
-)
+@pytest.mark.parametrize('bad, word',
+                         [(dict(flip=.5), 'flip'), (dict(flip=-.1), 'flip'),
+                          (dict(flip=float('nan')), 'flip'), (dict(n_relabelled=-1), 'n_relabelled'),
+                          (dict(n_relabelled=1.5), 'n_relabelled'), (dict(n_classes=1), 'n_classes'),
+                          (dict(p_a=1.1), 'p_a'), (dict(sigma=0.), 'sigma'),
+                          (dict(n_relabelled='3'), 'n_relabelled'), (dict(p_b=2.), 'p_b'),
+                          (dict(n_relabelled=10**9), 'n_relabelled'), (dict(flip=[.1, .2]), 'flip')])
 def test_bad_input(bad, word):
     with pytest.raises(ValueError, match=word):
-        relabelled_radius(**dict(p_a=0.9, sigma=1.0, flip=0.3, n_relabelled=1) | bad)
+        relabelled_radius(**dict(p_a=.9, sigma=1., flip=.3, n_relabelled=1) | bad)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.floats(0, 1e6), max_size=8), st.floats(1e-3, 1e3), st.floats(0, 1e3), st.floats(1e-3, 1e3))
 def test_joint_norm(norms, sigma, test_norm, test_sigma):
-    exact = sigma * mp.sqrt(
-        sum((mp.mpf(v) / sigma) ** 2 for v in norms) + (mp.mpf(test_norm) / test_sigma) ** 2
-    )
+    exact = sigma * mp.sqrt(sum((mp.mpf(v) / sigma)**2 for v in norms) + (mp.mpf(test_norm) / test_sigma)**2)
     assert joint_norm(norms, sigma, test_norm, test_sigma) == pytest.approx(float(exact), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        ([1.0], 1.0, 0.1),
-        ([1.0], 1.0, 0.1, 0.0),
-        ([-1.0], 1.0),
-        ([1.0], 0.0),
-        ([1.0], 1.0, -1.0, 1.0),
-        ([float('nan')], 1.0),
-        ([1.0], 1.0, 1.0, -1.0),
-    ],
-)
+@pytest.mark.parametrize('arguments',
+                         [([1.], 1., .1), ([1.], 1., .1, 0.), ([-1.], 1.), ([1.], 0.), ([1.], 1., -1., 1.),
+                          ([float('nan')], 1.), ([1.], 1., 1., -1.)])
 def test_joint_norm_refuses(arguments):
     with pytest.raises(ValueError):
         joint_norm(*arguments)
@@ -261,14 +198,12 @@ def test_joint_norm_refuses(arguments):
 @pytest.mark.parametrize('n_classes', [2, 3, 10])
 def test_flip_ends_where_the_true_label_stops_being_the_likeliest(n_classes):
     end = 1 - 1 / n_classes
-    for flip in (end, np.nextafter(end, 1), 1.0, 1.5, math.inf):
+    for flip in (end, np.nextafter(end, 1), 1., 1.5, math.inf):
         with pytest.raises(ValueError, match='flip'):
-            relabelled_radius(0.999, 1.0, flip, 1, n_classes)
-    assert (
-        relabelled_radius(0.999, 1.0, end - 1e-6, 1, n_classes) > 3
-    )  # nothing to be seen of one wrong label
+            relabelled_radius(.999, 1., flip, 1, n_classes)
+    assert relabelled_radius(.999, 1., end - 1e-6, 1, n_classes) > 3 # nothing to be seen of one wrong label
 
 
 def test_without_label_noise_no_wrong_label_is_covered():
-    got = relabelled_radius(0.999, 1.0, 0.0, np.array([0, 1, 7]))
-    assert got[0] == gaussian_radius(0.999, 0.001, 1.0) and np.isnan(got[1:]).all()
+    got = relabelled_radius(.999, 1., 0., np.array([0, 1, 7]))
+    assert got[0] == gaussian_radius(.999, .001, 1.) and np.isnan(got[1:]).all()

@@ -61,7 +61,7 @@ def test_imports_only_lower_rooms(path):
 
 
 def test_no_public_name_twice():
-    "A name in code type anywhere on the site leads to one place; `main` is what a module does on the command line."
+    "A name in code type on the site leads to one place; `main` is what a module does as a command."
     owners = {}
     for path in MODULES:
         found = re.search(r'__all__ = (\[.*?\])', path.read_text(), re.S)
