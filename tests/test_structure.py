@@ -13,8 +13,8 @@ EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == 'experiments']
 ROOMS = [  # upper rooms import lower ones; within a row a room may import those to its right
     'report', 'tables', 'runs', 'store',
     'defences estimators ensemble knn attacks models',
-    'metrics certificate data',
-    'dp noise inputs stacked chi bounds theory labels']
+    'metrics certificate data votes quantised',
+    'dp noise inputs stacked bins chi bounds theory labels']
 CIRCLE = ('runs', 'tables')  # the command line starts from the tables
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
