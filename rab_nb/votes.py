@@ -21,7 +21,8 @@ from .chi import OUTSIDE, chebyshev_nodes, columns, interpolation, lattice, rule
 def _one_by_one(survival, inside, density, # S, F and g of R points, (R, ...) each
                 k: int # highest number of votes
                ) -> np.ndarray: # (2, k + 1, ...): V and D
-    "Generating functions of the votes cast and of the rate at which votes are gained, by positive terms only."
+    """Generating functions of the votes cast and of the rate at which votes are gained, by positive terms
+    only."""
     pair = np.zeros((2, k + 1, *survival.shape[1:]))
     pair[0, 0] = 1
     V, D = pair
@@ -38,7 +39,9 @@ def _one_by_one(survival, inside, density, # S, F and g of R points, (R, ...) ea
 
 # %% ../nbs/internals/votes.ipynb #149d1adc
 def nearest_points(s, y, n_classes: int, r: int # (b, n), (n,); how many
-                  ) -> tuple: # (b, C, r) their distances, inf where a class has fewer; s with them moved out of the way
+                  ) -> tuple:
+    # (b, C, r) their distances, inf where a class has fewer; s with them moved out of the
+    # way
     "The r nearest points of every class, and the rest."
     rest, top = s.clone(), s.new_full((len(s), n_classes, r), math.inf)
     for c in range(n_classes):
@@ -49,7 +52,8 @@ def nearest_points(s, y, n_classes: int, r: int # (b, n), (n,); how many
     return top, rest
 
 # %% ../nbs/internals/votes.ipynb #01af4637
-def _places(s, chi) -> tuple: # distances, any shape; lattice -> their shape, whether inside, panels and weights
+def _places(s, chi) -> tuple:
+    # distances, any shape; lattice -> their shape, whether inside, panels and weights
     "Where distances lie in the tables of a lattice."
     at, width = np.clip(s, chi.start, chi.end).ravel(), np.diff(chi.edges)
     k = np.clip(np.searchsorted(chi.edges, at, 'right') - 1, 0, len(width) - 1)
@@ -103,7 +107,8 @@ _NODES = 14 # nodes in a bin of the points that are not treated one by one
 
 def _bin_error(log_odds # (bins * _NODES, J)
               ) -> np.ndarray: # (bins, J)
-    "Relative error of the sum of the odds over a bin; for the sum of their r-th powers, r^_NODES times as much."
+    """Relative error of the sum of the odds over a bin; for the sum of their r-th powers, r^_NODES times as
+    much."""
     t, ends = chebyshev_nodes(_NODES), log_odds.reshape(-1, _NODES, log_odds.shape[1])[:, [0, -1]]
     steepness = np.abs(ends[:, 1] - ends[:, 0]) / (t[-1] - t[0])
     return steepness**_NODES / math.factorial(_NODES) / 2**(_NODES - 1)
@@ -117,7 +122,8 @@ def _power_sums(w, # (G, m) weights of the nodes, a row for every class of every
                ) -> tuple: # (4, r + 1, G, J) p, its error, t, its error; (G, J) log scale
     "Power sums of the odds of the remaining points, scaled."
     common, size = last.max(0), 1 if bins is None else _NODES
-    odds, hazard = np.exp(np.minimum(logs[2] - common, 40)), np.exp(logs[1]) # none is far above, but beside tables that end
+    # none is far above, but beside tables that end
+    odds, hazard = np.exp(np.minimum(logs[2] - common, 40)), np.exp(logs[1])
     power, scale, out = np.ones_like(odds), np.ones_like(last), []
     counts, bins = w.reshape(len(w), -1, size).sum(2), 0. if bins is None else bins
     least = 1e-18 / max(1., counts.sum())
@@ -130,7 +136,11 @@ def _power_sums(w, # (G, m) weights of the nodes, a row for every class of every
         power *= odds
         alive = (power[::size] > least*scale.min(0)**(r + 1)).any(1) if r else np.ones(len(counts.T), bool)
         if alive.mean() < .75:
-            nodes, counts, bins = np.repeat(alive, size), counts[:, alive], bins if np.isscalar(bins) else bins[alive]
+            nodes, counts, bins = (
+                np.repeat(alive, size),
+                counts[:, alive],
+                bins if np.isscalar(bins) else bins[alive],
+            )
             w, power, odds, hazard = w[:, nodes], power[nodes], odds[nodes], hazard[nodes]
     units = scale**np.arange(len(out))[:, None, None, None]
     out = np.divide(np.maximum(out, 0), units, out=np.zeros((len(out), 4, *last.shape)), where=units > 1e-290)
@@ -146,7 +156,9 @@ def _times(a, b, degree: int) -> np.ndarray: # pairs (2, m + 1, ...)
     padded = np.zeros((2, n + m, *a.shape[2:]))
     padded[:, m - 1:m - 1 + a.shape[1]] = a
     pair, term = padded.strides[:2]
-    shifted = as_strided(padded, (2, n + 1, m, *a.shape[2:]), (pair, term, term, *padded.strides[2:]), writeable=False)
+    shifted = as_strided(
+        padded, (2, n + 1, m, *a.shape[2:]), (pair, term, term, *padded.strides[2:]), writeable=False
+    )
     out = np.einsum('pki...,i...->pk...', shifted, b[0, ::-1])
     out[1] += np.einsum('ki...,i...->k...', shifted[0], b[1, ::-1])
     return out
@@ -170,8 +182,10 @@ def _by_blocks(survival, inside, density, k: int, size: int = 16 # as in `_one_b
     return out
 
 # %% ../nbs/internals/votes.ipynb #5c1f0a57
-def _rest(w, logs, binned: bool, last, k: int, R: int # as in `_power_sums`; nodes of bins, or points; neighbours, points treated one by one
-         ) -> tuple: # pair (2, k + 1, G, J); bound on its error over `_rounding(R)`, alike; (G, J) relative error
+def _rest(w, logs, binned: bool, last, k: int, R: int
+          # as in `_power_sums`; nodes of bins, or points; neighbours, points treated one by one
+         ) -> tuple:
+    # pair (2, k + 1, G, J); bound on its error over `_rounding(R)`, alike; (G, J) relative error
     "V and D of the points that are not treated one by one."
     bins, lost = None, 0.
     if binned:
@@ -189,7 +203,8 @@ def _rounding(R: int) -> float:
     return 1e-15 * R
 
 # %% ../nbs/internals/votes.ipynb #2a300cde
-def _votes(near, far, w, binned: bool, k: int # (3, G, R, J) logs of the nearest points; (3, m, J) of all others, or None; as in `_rest`
+def _votes(near, far, w, binned: bool, k: int
+           # (3, G, R, J) logs of the nearest points; (3, m, J) of all others, or None; as in `_rest`
           ) -> tuple: # (2, k + 1, G, J) V and D; (G, J) their relative error
     "Generating functions of a class, and what rounding and bins may have done to them."
     R = near.shape[2]
@@ -221,7 +236,8 @@ def wins(pair # (2, K + 1, C, ...)
     return out
 
 # %% ../nbs/internals/votes.ipynb #5c1f0a5d
-def _live(inside, n: int, k: int # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours
+def _live(inside, n: int, k: int
+          # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours
          ) -> np.ndarray: # (J,) bool
     "Radii at which the integrand of some test point may be above e^-745, the smallest float64."
     j = k - 1
@@ -279,28 +295,35 @@ class _Laws:
         found = wins(pair.reshape(2, k + 1, -1, n_classes, len(columns)).swapaxes(2, 3))
         return found.swapaxes(0, 1), doubt.reshape(-1, n_classes, len(columns)).sum(1)
 
-def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws: # (b, C, R) nearest points; (b, n) the rest; lattice
+def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws:
+    # (b, C, R) nearest points; (b, n) the rest; lattice
     "By interpolation in a lattice, the rest in bins."
     b, n_classes, R = top.shape
     start, end, far, w = top[:, :, -1].min(), math.ceil(chi.end/BIN*finer), None, None
     near = _places(top.reshape(-1, R), chi)
     if start < chi.end:
         start = math.floor(max(start, chi.start)/BIN*finer)
-        w = node_weights(bin_moments(rest*finer, y, n_classes, start, end - start, _NODES)).reshape(b*n_classes, -1)
+        w = node_weights(bin_moments(rest * finer, y, n_classes, start, end - start, _NODES)).reshape(
+            b * n_classes, -1
+        )
         nodes = _places(bin_nodes(start, end - start, _NODES)/finer, chi)
         def far(columns): return _logs(nodes, _columns(chi, columns))
     return _Laws(lambda columns: _logs(near, _columns(chi, columns)), far, w, True)
 
 # %% ../nbs/internals/votes.ipynb #8f93c761
-def _tables_at(s, d: int, grid: tuple, at, deep) -> np.ndarray: # (m,) distances; window; evenly spaced columns of its rule; `columns` -> (3, m, len)
+def _tables_at(s, d: int, grid: tuple, at, deep) -> np.ndarray:
+    # (m,) distances; window; evenly spaced columns of its rule; `columns` -> (3, m, len)
     "log S, log h and log odds of points at columns of a window; those beyond its end are outside."
     inside, stride, out = s < grid[3], int(np.gcd.reduce(at)) or 1, np.empty((3, len(s), len(at)))
     out[:] = OUTSIDE
     low, high = ((grid[0] + c)//stride for c in (at[0], at[-1]))
-    out[:, inside] = columns(np.maximum(s[inside], grid[2]), d, low, high, grid[4]*stride, deep[inside])[..., (at - at[0])//stride]
+    out[:, inside] = columns(np.maximum(s[inside], grid[2]), d, low, high, grid[4] * stride, deep[inside])[
+        ..., (at - at[0]) // stride
+    ]
     return out
 
-def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at) -> _Laws: # as above; evenly spaced columns of the window
+def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at) -> _Laws:
+    # as above; evenly spaced columns of the window
     "From tables at the distances themselves."
     b, n_classes, R = top.shape
     row, point = (rest < grid[3]).nonzero(as_tuple=True)
@@ -328,7 +351,8 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
     return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, live, stride, top.shape[:2])
 
 def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as above
-    "The vote at test points that are alike, where few training points are within reach: first at few radii, then where the integrand lives."
+    """The vote at test points that are alike, where few training points are within reach: first at few radii,
+    then where the integrand lives."""
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
     def laws_at(at, rest=rest): return _laws_of_points(top, rest, y, d, k, grid, at)
     columns = np.arange(0, len(u), stride)
@@ -343,9 +367,12 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as abov
     return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, live, stride, top.shape[:2])
 
 # %% ../nbs/internals/votes.ipynb #8f93c763
-_FEW = 100 # points in a unit of distance that are told apart instead of being put into bins, if no other test point shares the tables
+# points in a unit of distance that are told apart instead of being put into bins, if no other test point
+# shares the tables
+_FEW = 100
 
-def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int # as in `one_nn_integrand`; neighbours
+def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int
+                 # as in `one_nn_integrand`; neighbours
                 ) -> tuple: # (b, C) log probabilities and relative errors, (b,) lowest and highest u
     "The K-nearest-neighbour vote on a lattice."
     (log_p, error), (low, high) = np.empty((2, len(s), n_classes)), np.empty((2, len(s)))
@@ -356,5 +383,7 @@ def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int #
             i, batch = rows[j].numpy(), (top[j], rest[j], y, k, d, grid)
             count, batches = int((batch[1] < grid[3]).sum()) + batch[0].size, len(s)/len(j)
             few = count*batches <= _FEW*(grid[3] - grid[2])
-            log_p[i], error[i], (low[i], high[i]) = _few_in_batch(*batch) if few else _one_batch(*batch, finer, batches)
+            log_p[i], error[i], (low[i], high[i]) = (
+                _few_in_batch(*batch) if few else _one_batch(*batch, finer, batches)
+            )
     return log_p, np.where(np.isfinite(log_p), error + 1e-10 + 1e-12*k, 0), low, high
