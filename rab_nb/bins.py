@@ -160,7 +160,9 @@ def over_bins(w, d: int, window: tuple, p: int, kind: int # (m, n_bins * p) weig
             a, b = max(low, start), min(high + 1, start + size)
             table = bin_tables(d, s_low + unit, start, start + size, p, step)[kind]
             out[:, a - low:b - low] += w[:, unit] @ table[:, a - start:b - start]
-        if kind == 0: out[:, max(0, -(-last//size)*size - low):] -= 1e5 * w[:, unit].sum(1, keepdims=True)
+        end = max(low, -(-last//size)*size)
+        if kind == 0 and end <= high: # below e^-800
+            out[:, end - low:] -= w[:, unit].sum(1, keepdims=True) * (np.arange(end, high + 1)*step - place)**2/2
     return out
 
 # %% ../nbs/internals/bins.ipynb #983a9b61

@@ -311,26 +311,25 @@ def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws:
     return _Laws(lambda columns: _logs(near, _columns(chi, columns)), far, w, True)
 
 # %% ../nbs/internals/votes.ipynb #8f93c761
-def _tables_at(s, d: int, grid: tuple, at, deep) -> np.ndarray:
-    # (m,) distances; window; evenly spaced columns of its rule; `columns` -> (3, m, len)
+def _tables_at(s, d: int, grid: tuple, at, stride: int, deep) -> np.ndarray: # (3, m, len)
+    # (m,) distances; window; multiples of a power of 2 among the columns of its rule; that power; `columns`
     "log S, log h and log odds of points at columns of a window; those beyond its end are outside."
-    inside, stride, out = s < grid[3], int(np.gcd.reduce(at)) or 1, np.empty((3, len(s), len(at)))
+    inside, out = s < grid[3], np.empty((3, len(s), len(at)))
     out[:] = OUTSIDE
     low, high = ((grid[0] + c)//stride for c in (at[0], at[-1]))
-    out[:, inside] = columns(np.maximum(s[inside], grid[2]), d, low, high, grid[4] * stride, deep[inside])[
-        ..., (at - at[0]) // stride
-    ]
+    found = columns(np.maximum(s[inside], grid[2]), d, low, high, grid[4]*stride, deep[inside])
+    out[:, inside] = found[..., (at - at[0])//stride]
     return out
 
-def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at) -> _Laws:
-    # as above; evenly spaced columns of the window
+def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at, stride: int = 1) -> _Laws:
+    # as above; columns of the window as in `_tables_at`
     "From tables at the distances themselves."
     b, n_classes, R = top.shape
     row, point = (rest < grid[3]).nonzero(as_tuple=True)
     cell, s = (row*n_classes + y[point]).cpu().numpy(), np.append(top.ravel(), rest[row, point].cpu().numpy())
     kth = np.sqrt(d + top[:, :, k - 1].ravel()**2)[np.append(np.arange(top.size)//R, cell)]
     deep = (kth > softplus((grid[0] + at[0])*grid[4]) + 18) & (np.sqrt(d + s**2) < kth + 6)
-    tables = _tables_at(s, d, grid, at, deep)
+    tables = _tables_at(s, d, grid, at, stride, deep)
     near, far = tables[:, :top.size].reshape(3, b*n_classes, R, -1), tables[:, top.size:]
     def where(columns): return np.searchsorted(at, columns)
     far_at = (lambda columns: far[..., where(columns)]) if len(cell) else None
@@ -354,17 +353,17 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as abov
     """The vote at test points that are alike, where few training points are within reach: first at few radii,
     then where the integrand lives."""
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
-    def laws_at(at, rest=rest): return _laws_of_points(top, rest, y, d, k, grid, at)
+    near = _laws_of_points(top, rest[:, :0], y, d, k, grid, np.arange(0, len(u), stride), stride).near
     columns = np.arange(0, len(u), stride)
-    inside = _factors(laws_at(columns, rest[:, :0]).near(columns))[1].reshape(*top.shape, -1)
-    live = columns[_live(inside, rest.shape[1], k)]
-    if not len(live): live = columns
-    rates = laws_at(live).rates(live, k, top.shape[1])[0]
-    with np.errstate(divide='ignore'): log_f = np.log(rates) + np.log(weight[live])
+    live = columns[_live(_factors(near(columns))[1].reshape(*top.shape, -1), rest.shape[1], k)]
+    if len(live): columns = np.arange(live[0], live[-1] + 1, stride)
+    rates = _laws_of_points(top, rest, y, d, k, grid, columns, stride).rates(columns, k, top.shape[1])[0]
+    with np.errstate(divide='ignore'): log_f = np.log(rates) + np.log(weight[columns])
     found = np.flatnonzero((log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)).any((0, 1)))
-    if len(found): live = live[max(found[0] - 1, 0):found[-1] + 2]
-    laws = laws_at(np.arange(max(0, live[0] - stride), min(live[-1] + stride + 1, len(u))))
-    return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, live, stride, top.shape[:2])
+    if len(found): columns = columns[max(found[0] - 1, 0):found[-1] + 2]
+    fine = np.arange(max(0, columns[0] - stride), min(columns[-1] + stride + 1, len(u)))
+    laws = _laws_of_points(top, rest, y, d, k, grid, fine)
+    return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, columns, stride, top.shape[:2])
 
 # %% ../nbs/internals/votes.ipynb #8f93c763
 # points in a unit of distance that are told apart instead of being put into bins, if no other test point
