@@ -38,17 +38,33 @@ def _one_by_one(survival, inside, density, # S, F and g of R points, (R, ...) ea
     return pair
 
 # %% ../nbs/internals/votes.ipynb #149d1adc
+_MANY, _BLOCK = 100_000, 256 # training points from which the nearest are looked for by blocks, and their size
+
 def nearest_points(s, y, n_classes: int, r: int # (b, n), (n,); how many
-                  ) -> tuple:
-    # (b, C, r) their distances, inf where a class has fewer; s with them moved out of the
-    # way
-    "The r nearest points of every class, and the rest."
+                  ) -> tuple: # (b, C, r) their distances, inf where a class has fewer; the rest
+    "The r nearest points of every class, and s with them moved out of the way."
+    if s.shape[1] >= _MANY: return _nearest_of_many(s, y, n_classes, r)
     rest, top = s.clone(), s.new_full((len(s), n_classes, r), math.inf)
     for c in range(n_classes):
         rows = (y == c).nonzero()[:, 0]
         found = s[:, rows].topk(min(r, len(rows)), dim=1, largest=False)
         top[:, c, :len(rows)] = found.values
         rest.scatter_(1, rows[found.indices], math.inf)
+    return top, rest
+
+def _nearest_of_many(s, y, n_classes: int, r: int) -> tuple: # as above
+    "The same by blocks: at least r points are as near as the r-th smallest of the blocks' nearest."
+    rest, top, mine = s.clone(), s.new_full((len(s), n_classes, r), math.inf), torch.empty_like(s[0])
+    for c in range(n_classes):
+        others = y != c
+        for row, left, nearest in zip(s, rest, top[:, c]):
+            mine.copy_(row).masked_fill_(others, math.inf)
+            least = mine[:len(mine)//_BLOCK*_BLOCK].view(-1, _BLOCK).amin(1)
+            limit = least.kthvalue(r).values if len(least) >= r else math.inf
+            near = (mine <= limit).nonzero()[:, 0]
+            found = mine[near].topk(min(r, len(near)), largest=False)
+            nearest[:len(near)] = found.values
+            left[near[found.indices[found.values < math.inf]]] = math.inf
     return top, rest
 
 # %% ../nbs/internals/votes.ipynb #01af4637
@@ -303,9 +319,9 @@ def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws:
     near = _places(top.reshape(-1, R), chi)
     if start < chi.end:
         start = math.floor(max(start, chi.start)/BIN*finer)
-        w = node_weights(bin_moments(rest * finer, y, n_classes, start, end - start, _NODES)).reshape(
-            b * n_classes, -1
-        )
+        rest = rest if finer == 1 else rest*finer
+        moments = bin_moments(rest, y, n_classes, start, end - start, _NODES)
+        w = node_weights(moments).reshape(b*n_classes, -1)
         nodes = _places(bin_nodes(start, end - start, _NODES)/finer, chi)
         def far(columns): return _logs(nodes, _columns(chi, columns))
     return _Laws(lambda columns: _logs(near, _columns(chi, columns)), far, w, True)
@@ -375,11 +391,11 @@ def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int
                 ) -> tuple: # (b, C) log probabilities and relative errors, (b,) lowest and highest u
     "The K-nearest-neighbour vote on a lattice."
     (log_p, error), (low, high) = np.empty((2, len(s), n_classes)), np.empty((2, len(s)))
-    for rows in torch.arange(len(s)).split(32):
-        top, rest = nearest_points(s[rows], y, n_classes, _set_apart(k, finer))
+    for rows, part in zip(np.split(np.arange(len(s)), range(32, len(s), 32)), s.split(32)):
+        top, rest = nearest_points(part, y, n_classes, _set_apart(k, finer))
         top = top.cpu().numpy()
         for j in _alike(top[:, :, -1].min(1), max(1, 32//k)):
-            i, batch = rows[j].numpy(), (top[j], rest[j], y, k, d, grid)
+            i, batch = rows[j], (top[j], rest[j], y, k, d, grid)
             count, batches = int((batch[1] < grid[3]).sum()) + batch[0].size, len(s)/len(j)
             few = count*batches <= _FEW*(grid[3] - grid[2])
             log_p[i], error[i], (low[i], high[i]) = (
