@@ -38,33 +38,15 @@ def _one_by_one(survival, inside, density, # S, F and g of R points, (R, ...) ea
     return pair
 
 # %% ../nbs/internals/votes.ipynb #149d1adc
-_MANY, _BLOCK = 100_000, 256 # training points from which the nearest are looked for by blocks, and their size
-
 def nearest_points(s, y, n_classes: int, r: int # (b, n), (n,); how many
                   ) -> tuple: # (b, C, r) their distances, inf where a class has fewer; the rest
     "The r nearest points of every class, and s with them moved out of the way."
-    if s.shape[1] >= _MANY: return _nearest_of_many(s, y, n_classes, r)
     rest, top = s.clone(), s.new_full((len(s), n_classes, r), math.inf)
     for c in range(n_classes):
         rows = (y == c).nonzero()[:, 0]
         found = s[:, rows].topk(min(r, len(rows)), dim=1, largest=False)
         top[:, c, :len(rows)] = found.values
         rest.scatter_(1, rows[found.indices], math.inf)
-    return top, rest
-
-def _nearest_of_many(s, y, n_classes: int, r: int) -> tuple: # as above
-    "The same by blocks: at least r points are as near as the r-th smallest of the blocks' nearest."
-    rest, top, mine = s.clone(), s.new_full((len(s), n_classes, r), math.inf), torch.empty_like(s[0])
-    for c in range(n_classes):
-        others = y != c
-        for row, left, nearest in zip(s, rest, top[:, c]):
-            mine.copy_(row).masked_fill_(others, math.inf)
-            least = mine[:len(mine)//_BLOCK*_BLOCK].view(-1, _BLOCK).amin(1)
-            limit = least.kthvalue(r).values if len(least) >= r else math.inf
-            near = (mine <= limit).nonzero()[:, 0]
-            found = mine[near].topk(min(r, len(near)), largest=False)
-            nearest[:len(near)] = found.values
-            left[near[found.indices[found.values < math.inf]]] = math.inf
     return top, rest
 
 # %% ../nbs/internals/votes.ipynb #01af4637
