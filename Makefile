@@ -48,7 +48,7 @@ finished := $(if $(filter cpu paper,$(PROFILE)),--finished)
 blocks = $(wildcard results/*/$(@F).safetensors)
 .SECONDEXPANSION:
 
-dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,cli defences knn chi votes quantised)
+dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,cli defences knn chi bins votes quantised)
 knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,cli defences dp)
 make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.report make $(1) $(@F:table%=%) $(PROFILE) && touch $@
 

@@ -15,9 +15,11 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from knn_oracles import exact_distances, radius, vote_by_leaving_one_out, vote_of_groups, vote_of_many
-from rab_nb import data, knn
+from rab_nb import bins, data, knn, quantised
 from rab_nb.chi import lattice, log_bessel
-from rab_nb.knn import SmoothedKNNClassifier, every_bucket, window
+from rab_nb.bins import window
+from rab_nb.knn import SmoothedKNNClassifier
+from rab_nb.quantised import quantised_direct
 from rab_nb.noise import GaussianNoise
 
 torch.set_num_threads(1)
@@ -80,12 +82,12 @@ def agrees(model, t, p, sigma=1.):
     "Probabilities within their errors, the radius within 1e-6 of the oracle's and not above it."
     log_p, error = (a[0] for a in model.log_proba(t))
     with np.errstate(divide='ignore'): exact = np.log(p).astype(float)
-    some = exact > knn.SMALLEST
+    some = exact > knn.SMALLEST_LOG_P
     assert (np.abs(log_p[some] - exact[some]) <= np.log1p(error[some]) + 1e-13*(1 - exact[some])).all()
     assert (log_p[~some] >= exact[~some]).all() and error[some].max() < 1e-5
     certificate, exact = model.certify(t), radius(p, sigma)
     found = certificate.radius[0]
-    assert found <= exact*(1 + 1e-9) and (found >= exact*(1 - 1e-6) - 1e-8*sigma or log_p.min() == knn.SMALLEST)
+    assert found <= exact*(1 + 1e-9) and (found >= exact*(1 - 1e-6) - 1e-8*sigma or log_p.min() == knn.SMALLEST_LOG_P)
     assert found == 0 or certificate.prediction[0] == p.argmax()
 
 
@@ -169,12 +171,12 @@ def test_too_many_neighbours_are_refused():
 class Losing:
     "The law of the classifier, with some of the probability of one class lost."
     def __init__(self, monkeypatch, lost, c):
-        law = knn.law
+        law = knn.class_log_probs
         def losing(model, s, tops):
             log_p, error = law(model, s, tops)
             log_p[-1, c] = np.log(np.exp(log_p[-1, c]) - lost)
             return log_p, error
-        monkeypatch.setattr(knn, 'law', losing)
+        monkeypatch.setattr(knn, 'class_log_probs', losing)
 
 
 SIDES = np.array([[-1.], [-1.1], [9.], [9.2]]), [0, 0, 1, 1], np.array([[0.], [-1.], [-3.]])
@@ -335,7 +337,7 @@ def test_quantised_is_exact_in_the_tail():
     d, s, y = 4, np.array([.3, .4, 9., 9.5]), np.array([0, 0, 1, 1])
     grid = window(.01, 14., .3, 9.5, 1/16)
     cuts = np.array([1., 1.5, 2., 3., 4.])
-    log_q = every_bucket(torch.from_numpy(s), torch.from_numpy(y), torch.eye(2, dtype=torch.float64)[y], d, grid, lattice(d, *grid).position(cuts))
+    log_q = quantised_direct(torch.from_numpy(s), torch.from_numpy(y), torch.eye(2, dtype=torch.float64)[y], d, grid, lattice(d, *grid).position(cuts))
     with mp.workdps(40):
         def cdf(t, a):
             if t == mp.inf: return mp.mpf(1)
@@ -374,10 +376,10 @@ def test_few_buckets_stand_for_all(n_levels, spread):
     s, y = 4 + spread*rng.random((3, 3000)), rng.integers(0, 3, 3000)
     s, y = torch.from_numpy(s), torch.from_numpy(y)
     grid = window(1.5, 18., float(s.min()), float(s.max()), 1/16)
-    wanted, hazard = knn.edge_hazard(np.arange(1, n_levels), n_levels), knn.cumulative_hazard(s, d, grid)
-    log_p, error, _ = knn.quantised_group(s, y, 3, d, grid, n_levels)
+    wanted, hazard = quantised.edge_hazard(np.arange(1, n_levels), n_levels), quantised.cumulative_hazard(s, d, grid)
+    log_p, error, _ = quantised.quantised_group(s, y, 3, d, grid, n_levels)
     ones = torch.eye(3, dtype=torch.float64)[y]
-    slow = [np.exp(every_bucket(s[k], y, ones, d, grid, knn.places(hazard[k:k+1], wanted)[0])) for k in range(3)]
+    slow = [np.exp(quantised_direct(s[k], y, ones, d, grid, quantised.solve_edges(hazard[k:k+1], wanted)[0])) for k in range(3)]
     np.testing.assert_allclose(np.exp(log_p), slow, atol=1e-10)
     assert (np.abs(np.exp(log_p) - slow) <= error*slow + 1e-12).all()
 
@@ -564,7 +566,8 @@ def test_pieces_blocks_and_devices_agree(monkeypatch, parameters, dtype):
     x, y, t = rng.normal(1, 1, size=(200, 7)).astype(dtype), rng.integers(0, 3, 200), rng.normal(1, 1, size=(9, 7))
     before = x.copy()
     whole = SmoothedKNNClassifier(**parameters).fit(x, y).predict_proba(t)
-    for name, value in dict(KEEP=0, PIECE=1000, BLOCK=4000, CACHED=300).items(): monkeypatch.setattr(knn, name, value)
+    for name, value in dict(KEEP_BYTES=0, PIECE_BYTES=1000, BLOCK_BYTES=4000).items(): monkeypatch.setattr(knn, name, value)
+    for module in (bins, knn, quantised): monkeypatch.setattr(module, 'CACHED_VALUES', 300)
     np.testing.assert_allclose(SmoothedKNNClassifier(**parameters, device='cpu', n_jobs=1).fit(x, y).predict_proba(t), whole, atol=1e-10)
     np.testing.assert_array_equal(x, before)  # the caller's array is not written to
 

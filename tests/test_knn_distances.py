@@ -13,7 +13,7 @@ from sklearn.datasets import make_moons
 
 from rab_nb import knn
 from rab_nb.chi import columns
-from rab_nb.knn import SmoothedKNNClassifier, direct_distances, noiseless_distances, roundings, squares
+from rab_nb.knn import SmoothedKNNClassifier, direct_distances, noiseless_distances, roundings
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:feature.*runs from")] # oracles in many digits
@@ -111,11 +111,11 @@ def test_the_error_of_a_product_covers_it(dtype, scale):
     point = torch.from_numpy(t).double()
     placed = point.sub(centre).div_(.3)
     found = noiseless_distances(rows, shift, .3, norms, placed)[0].square().tolist()
-    bound = (roundings(40)*knn.UNIT*(norms.sqrt() + placed.norm())**2).tolist()
+    bound = (roundings(40)*knn.UNIT_ROUNDOFF*(norms.sqrt() + placed.norm())**2).tolist()
     direct = direct_distances(torch.from_numpy(x), None, .3, point[0]).square().tolist()
     for e, f, b, s in zip(exact, found, bound, direct):
         e = e / Fraction(.3)**2
-        assert abs(Fraction(f) - e) <= Fraction(b) and abs(Fraction(s) - e) <= Fraction(roundings(40)*knn.UNIT)*e
+        assert abs(Fraction(f) - e) <= Fraction(b) and abs(Fraction(s) - e) <= Fraction(roundings(40)*knn.UNIT_ROUNDOFF)*e
 
 
 def test_given_distances():

@@ -15,9 +15,9 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'cli', 'report', 'tables', 'experiments', 'workers profiles', 'store',
     'evaluation defences estimators ensemble knn attacks models',
     'training metrics certificate data votes quantised',
-    'pool dp noise features inputs stacked chi bounds theory labels']
+    'pool dp noise features inputs stacked bins chi bounds theory labels']
 WIDTH = 110  # columns of code
-NOT_YET = set('19_chi 22_knn bench_ensemble bench_knn defences dp epochs knn labels which_noise'.split())
+NOT_YET = set('bench_ensemble bench_knn defences dp epochs knn labels which_noise'.split())
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
