@@ -81,7 +81,8 @@ def _tell(runs: list, blocks: list) -> bool: # of Run; of Block
 
 def _run(args) -> int:
     "rab-nb run"
-    from rab_nb import experiments, profiles, store, workers # experiments: the kinds of runs
+    from rab_nb import experiments # noqa: F401 (it registers the kinds of runs)
+    from rab_nb import profiles, store, workers
     until = _until(args.time_limit)
     if args.settings and (args.statistics or args.beside):
         raise ValueError('--statistics and --beside belong to --table: blocks are kept by table')

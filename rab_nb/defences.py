@@ -9,10 +9,9 @@ __all__ = ['KINDS', 'RowCertificate', 'vote_radius', 'assign_rows', 'run_off_rad
 
 # %% ../nbs/25_defences.ipynb #25d00002
 import hashlib
-import operator
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +23,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.utils.validation import check_is_fitted
 
 from . import bounds
-from .certificate import Certificate, check_classes, rivals_upper, side_level
+from .certificate import check_classes, rivals_upper, side_level
 from .pool import map_groups
 from .training import TrainSpec, answer_groups, check_network, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded

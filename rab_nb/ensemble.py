@@ -19,12 +19,10 @@ from sklearn.utils.validation import check_is_fitted
 from .certificate import certify
 from .inputs import check_device, check_labels, check_rows, record_features, warn_scale
 from .noise import GaussianNoise, SearchableNoise, noise_from_repr
-from .pool import map_groups # this and the next four are asked for here as well
-from .training import gradient, loss_per_sample, resolved, train_shard
 from .training import (TrainSpec, answer_groups, check_network, check_scale, check_whole, fingerprint,
                              initial_module, load_groups, noise_size, plain_or_repr, save_groups, stackable,
                              trained_part,
-                             train_groups, u_law)
+                             resolved, train_groups, u_law)
 
 # %% ../nbs/20_ensemble.ipynb #ab3fd22a
 LOOK = 'some training rows' # name of the evaluation set that every fit has

@@ -144,7 +144,7 @@ def _title_of_run(settings: dict # of kind 'dnn', 'undefended' or 'knn'
             f"{'/'.join(map(str, data['classes']))} | seed {attack.get('seed', 0)}")
 
 def _label_of_run(settings: dict, # of a run on poisoned data
-                  arrays: dict = {}, # of a shard; not needed
+                  arrays: dict | None = None, # of a shard; not needed
                   **fixed # more arrays to keep
                  ) -> Label: # of its blocks
     "Title, facts and true labels."

@@ -478,7 +478,8 @@ def dot_plot(scores, # frame of `beside_paper`
                                     ('certified_rate', 'certified rate'))):
         for frame, face in ((other, 'none'), (scores, None)):
             if frame is None: continue
-            cells = over_seeds(frame).query('metric == @metric').dropna(subset='paper')
+            cells = over_seeds(frame)
+            cells = cells[cells.metric == metric].dropna(subset='paper')
             for colour, sigma in zip(_COLOURS, sorted(cells.sigma.unique())):
                 here = cells[cells.sigma == sigma]
                 ax.plot(here.paper, here.value, 'o', ms=4, alpha=.7, color=colour, mfc=face or colour,

@@ -16,9 +16,9 @@ import numpy as np
 from . import bounds, certificate, metrics, workers
 from .experiments import ALWAYS_NAMED, CERTIFICATE_FIELDS, VERSIONS, classifier_label
 from .noise import GaussianNoise, noise_from_repr
-from .profiles import (PAPER_N, ROOT, SOURCE, TARGET, Row, TableSpec, unique_settings, has_neighbours,
+from .profiles import (PAPER_N, SOURCE, TARGET, Row, TableSpec, unique_settings, has_neighbours,
                              knn_runs,
-                             load_profile, paper, rows_of, runs_of, settings_of, spec,
+                             paper, rows_of, runs_of, settings_of, spec,
                              statistics_path)
 from .store import SIZES, StatisticsError, plain, read_blocks, statistics_of
 

@@ -312,6 +312,7 @@ def _saved_bytes(spec: TrainSpec, # resolved
         out = stack(torch.zeros(m, b, *shape))
     for w in [*stack.weights.values(), *stack.buffers.values()]:
         kept.pop(w.untyped_storage().data_ptr(), None)
+    del out # until here, so that no memory is counted twice
     return np.array([sum(kept.values()), max(kept.values())]) / m
 
 # %% ../nbs/internals/training.ipynb #ef9253a3
@@ -621,14 +622,15 @@ def train(spec: TrainSpec, # resolved
             rows = to_rows(x).to(spec.device)
             stack = _initial_stack(spec, models, to_inputs(rows[:4], shape))
             slab, targets, epoch_of = _smoothed_batches(spec, rows, labels, shape, models)
-        step, number = training_step(spec, stack, shape, models, slab, targets), 0
+        step, done = training_step(spec, stack, shape, models, slab, targets), 0
         if _may_record(spec, shape):
             step = _replayed(step, cuda_graph)
         with global_stream(spec.random_state, 'layers', models[0], device=spec.device):
             for epoch in range(spec.epochs):
                 stack.module.train()
-                for number, index in enumerate(epoch_of(epoch), number + 1):
-                    step(index, number)
+                for index in epoch_of(epoch):
+                    done += 1
+                    step(index, done)
                 after_epoch(epoch + 1, stack)
     return stack
 
