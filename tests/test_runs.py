@@ -226,7 +226,7 @@ def test_ensemble_runs_are_the_classifier(tmp_path):
 def test_worker_of_another_version_refuses(tmp_path):
     r = workers.open_run(DRILL, tmp_path)
     with pytest.raises(RuntimeError, match='this worker would compute something else'):
-        workers.compute_shard(workers.KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
+        workers.compute_shard(workers.RUN_KINDS['drill'], r.settings | {'environment': {'version': 2}}, range(3))
 
 
 def test_an_error_in_a_shard_is_reported_and_leaves_nothing(tmp_path):
