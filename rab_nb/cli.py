@@ -86,6 +86,7 @@ def _run(args) -> int:
     until = _until(args.time_limit)
     if args.settings and (args.statistics or args.beside):
         raise ValueError('--statistics and --beside belong to --table: blocks are kept by table')
+    os.environ.setdefault('RAB_FEATURES', str(store.store_root(args.store) / 'features'))
     wanted = {None: _of_file(args.settings)} if args.settings else _of_tables(args)
     if args.show:
         print(json.dumps(profiles.unique_settings(s for some in wanted.values() for s in some), indent=1))

@@ -707,7 +707,7 @@ def setting_of(candidate) -> str: # e.g. 'n_partitions=50'
     found = {k: settings[k] for k in names if settings.get(k)}
     plain = {('sigma' if k == 'noise' else k): getattr(v, 'sigma', v) for k, v in found.items()}
     end = ', run-off' * (settings.get('election') == 'run-off')
-    return ', '.join(f'{k}={v:.4g}' for k, v in plain.items()) + end
+    return ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in plain.items()) + end
 
 def _comparison_frame(c):
     import pandas as pd

@@ -23,13 +23,16 @@ from . import attacks, data
 from . import models as networks
 from . import training
 from .attacks import TRIGGERS
+from .features import efficientnet_lite0
 from .noise import GaussianNoise, noise_from_repr
 from .store import SIZES, Label, canonical, check_sizes, plain, without_defaults
 from .workers import check_name, register
 
 # %% ../nbs/internals/experiments.ipynb #d234ed58
 MODULES = {name: getattr(networks, name) for name in
-           ('mnist_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'preact_resnet', 'small_resnet', 'resnet18')}
+           ('mnist_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'preact_resnet', 'small_resnet', 'strided_cnn',
+            'resnet18')}
+MODULES['efficientnet_lite0'] = efficientnet_lite0
 
 def _named(table: dict, # name -> function
            settings: dict, # arguments and, under `key`, the name

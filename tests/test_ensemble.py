@@ -27,6 +27,7 @@ from rab_nb.dp import DPSGD
 from rab_nb.ensemble import RABClassifier
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise, generator, global_stream
 from rab_nb.stacked import check_independence
+from rab_nb.training import TrainSpec, resolved, train_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -276,7 +277,7 @@ PEAK = """
 import re, sys
 sys.path.insert(0, {folder!r})
 from test_ensemble import *
-from rab_nb.training import TrainSpec, group_bytes, resolved, train_shard
+from rab_nb.training import group_bytes
 
 def status(key): return 1024 * int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1])
 
