@@ -162,14 +162,17 @@ def over_bins(w, d: int, window: tuple, p: int, kind: int # (m, n_bins * p) weig
             out[:, a - low:b - low] += w[:, unit] @ table[:, a - start:b - start]
         end = max(low, -(-last//size)*size)
         if kind == 0 and end <= high: # below e^-800
-            out[:, end - low:] -= w[:, unit].sum(1, keepdims=True) * (np.arange(end, high + 1)*step - place)**2/2
+            out[:, end - low :] -= (
+                w[:, unit].sum(1, keepdims=True) * (np.arange(end, high + 1) * step - place) ** 2 / 2
+            )
     return out
 
 # %% ../nbs/internals/bins.ipynb #983a9b61
 def log_sum(x) -> np.ndarray: # over the last axis
     "log of the sum of exp(x), also where every term is -inf."
     top = np.maximum(x.max(-1, keepdims=True), -1e300)
-    with np.errstate(divide='ignore'): return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
+    with np.errstate(divide='ignore'):
+        return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
 
 # %% ../nbs/internals/bins.ipynb #b1000012
 def count_far_above(at, label, u_low: float, d: int # (m,) distances, class numbers; lower end of the window
@@ -186,7 +189,8 @@ def trapezoid(log_f, stride: int = 1
              ) -> tuple: # log of the sum, its estimated relative error
     "Trapezoidal sums over the last axis, with half the nodes as a check."
     log_p, coarse = log_sum(log_f), log_sum(log_f[..., ::2]) + math.log(2)
-    with np.errstate(invalid='ignore'): change = np.abs(np.expm1(np.minimum(coarse - log_p, 1.)))
+    with np.errstate(invalid='ignore'):
+        change = np.abs(np.expm1(np.minimum(coarse - log_p, 1.)))
     return log_p + math.log(stride), np.where(
         np.isfinite(log_p), np.where(change < 0.1, change**1.5, np.inf), 0
     )
@@ -196,7 +200,8 @@ def unsettled(log_p, error) -> np.ndarray: # (b,) bool
     "Points that need more nodes: an error of 1e-8 in a probability, or of 1e-6 relative in a runner-up's."
     second = np.sort(log_p, 1)[:, -2:-1] if log_p.shape[1] > 1 else np.inf
     rival = log_p + np.log1p(error) >= second
-    with np.errstate(invalid='ignore'): large = np.exp(log_p) * error > 1e-8
+    with np.errstate(invalid='ignore'):
+        large = np.exp(log_p) * error > 1e-8
     return (large | (rival & (error > 1e-6))).any(1)
 
 # %% ../nbs/internals/bins.ipynb #65cf806f
@@ -230,5 +235,6 @@ def highest_peaks(lead, gap, d: int, k: int, n: int, last
 def group_by_window(u_low, u_high, s_low, s_high, rows, step: float) -> dict: # window -> positions in rows
     "Points that share a lattice."
     out = {}
-    for k in rows: out.setdefault(window(u_low[k], u_high[k], s_low[k], s_high[k], step), []).append(k)
+    for k in rows:
+        out.setdefault(window(u_low[k], u_high[k], s_low[k], s_high[k], step), []).append(k)
     return out

@@ -66,7 +66,8 @@ def log_bessel(nu, # order, >= -1/2
         factor = square * ratio
         factor += 2*(nu + steps - k)
         product, ratio = product * factor, 1 / factor
-        if k % 8 == 7 or k == steps - 1: log_i, product = log_i + np.log(product), 1.
+        if k % 8 == 7 or k == steps - 1:
+            log_i, product = log_i + np.log(product), 1.
     return log_i
 
 # %% ../nbs/internals/chi.ipynb #e67c97fb
@@ -166,7 +167,8 @@ def cell_integrals(v, log_g, slope # (J, 1) or (J, S) uniform; (J, S); du/dv as 
     theta, total = (x + 1)/2, 0
     for t, weight, c in zip(theta, w/2, between(5 + theta, 12)):
         at = -log_g[5:5 + cells]
-        for m in range(12): at += c[m] * log_g[m:m + cells]
+        for m in range(12):
+            at += c[m] * log_g[m:m + cells]
         total = total + np.exp(at, out=at) * (weight * step * slope(v[5:5 + cells] + t*step))
     return total
 
@@ -209,7 +211,8 @@ def log_tails(v, s, d, log_g=None, uniform=False
     below, above = tail_ratios(cells, log_g, first, last)
     low = u[5:-5] < np.sqrt(d - .5 + s*s)
     small = log_g + np.log(np.where(low, below, above))
-    with np.errstate(divide='ignore', invalid='ignore'): large = np.log1p(-np.exp(small))
+    with np.errstate(divide='ignore', invalid='ignore'):
+        large = np.log1p(-np.exp(small))
     return log_g, np.where(low, small, large), np.where(low, large, small)
 
 # %% ../nbs/internals/chi.ipynb #17aa7925
@@ -311,7 +314,8 @@ def refined(table, times: int # (..., J + 11) values on a lattice; how many time
     padded = np.zeros((math.prod(table.shape[:-1]), blocks*block + 11))
     padded[:, :cells + 11] = table.reshape(len(padded), -1)
     weight, banded = between(5 + np.arange(times)/times, 12), np.zeros((block + 11, block, times))
-    for k in range(block): banded[k:k + 12, k] = weight.T
+    for k in range(block):
+        banded[k:k + 12, k] = weight.T
     windows = sliding_window_view(padded, block + 11, axis=1)[:, ::block]
     return (windows @ banded.reshape(block + 11, -1)).reshape(*table.shape[:-1], -1)[..., :times*cells]
 
@@ -325,8 +329,10 @@ def columns(s, # (m,) distances before noise, in units of sigma
            ) -> np.ndarray: # (tables, m, high - low + 1)
     "log S, log h and log odds of points at given distances."
     s, times, stride = np.asarray(s, float), round(1/(step*PER_UNIT)), round(step*PER_UNIT)
-    if stride > 1: first, last, times = low*stride, high*stride + 1, 1
-    else: first, last, stride = (low, high + 1, 1) if times == 1 else (low//times - 5, high//times + 7, 1)
+    if stride > 1:
+        first, last, times = low*stride, high*stride + 1, 1
+    else:
+        first, last, stride = (low, high + 1, 1) if times == 1 else (low//times - 5, high//times + 7, 1)
     far, cut = s >= far_start(d), min(max(STRAIGHT, first), last)
     deep = np.broadcast_to(deep if times == 1 else True, s.shape)
     out, before = (
@@ -383,5 +389,6 @@ def at_points(s, chi, table # (m,) distances within the lattice; (panels, 16, J)
     k = np.clip(np.searchsorted(chi.edges, s, 'right') - 1, 0, len(table) - 1)
     basis = interpolation(2*(s - chi.edges[k])/np.diff(chi.edges)[k] - 1, 16)
     out = np.empty((len(s), table.shape[-1]))
-    for j in np.unique(k): out[k == j] = basis[k == j] @ table[j]
+    for j in np.unique(k):
+        out[k == j] = basis[k == j] @ table[j]
     return out

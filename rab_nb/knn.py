@@ -104,9 +104,11 @@ def one_nn_integrand(s, y, n_classes: int, d: int, window: tuple, p: int # as in
     w = node_weights(bin_moments(s, y, n_classes, round(s_low/BIN), round((s_high - s_low)/BIN), p))
     total = over_bins(w.sum(1), d, window, p, 0) + np.log(rule(low, high, step)[1])
     rates = over_bins(w.reshape(-1, w.shape[2]), d, window, p, 1).reshape(*w.shape[:2], -1)
-    with np.errstate(divide='ignore'): log_rate = np.log(np.maximum(rates, 0))
+    with np.errstate(divide='ignore'):
+        log_rate = np.log(np.maximum(rates, 0))
     far = far_behind(s, y, n_classes, d, window)
-    if far.any(): log_rate[far] = log_rates(s, y, far, d, window)
+    if far.any():
+        log_rate[far] = log_rates(s, y, far, d, window)
     return log_rate + total[:, None]
 
 # %% ../nbs/22_knn.ipynb #b91c3f5a
@@ -262,7 +264,8 @@ def noiseless_distances(x, shift, sigma, norms, t):
     out, blocks = t.new_empty(len(t), len(x)), feature_blocks(t.shape[1])
     for rows, piece in pieces(x, shift, sigma):
         torch.addmm(norms[rows], t[:, blocks[0]], piece[:, blocks[0]].T, alpha=-2, out=out[:, rows])
-        for j in blocks[1:]: out[:, rows].addmm_(t[:, j], piece[:, j].T, alpha=-2)
+        for j in blocks[1:]:
+            out[:, rows].addmm_(t[:, j], piece[:, j].T, alpha=-2)
     t_norms = squares(t)[:, None]
     for part, norm in zip(
         out.split(max(1, CACHED_VALUES // len(x))), t_norms.split(max(1, CACHED_VALUES // len(x)))
@@ -295,7 +298,8 @@ def centred(x, sigma: float, device) -> tuple:
     typical = np.quantile(x[::-(-len(x)//200)], .5, axis=0, method='lower').astype(np.float64)
     centre, rows = torch.as_tensor(typical, device=device), shared(x)
     shift = centre
-    if 8*x.size <= KEEP_BYTES: rows, shift = rows.to(device, torch.float64).sub(centre).div_(sigma), None
+    if 8*x.size <= KEEP_BYTES:
+        rows, shift = rows.to(device, torch.float64).sub(centre).div_(sigma), None
     norms = torch.cat([squares(piece) for _, piece in pieces(rows, shift, sigma)])
     if not (norms < 1e300).all():
         row = int(torch.nan_to_num(norms, nan=math.inf).argmax())
@@ -338,7 +342,8 @@ def sensitivity(tops, k: int, d: int # (b, C, k) distances of the nearest of eve
     inside = np.sqrt(np.maximum((np.sqrt(d - 1 + kth**2) - 76)**2 - d, 0)) * (kth > 76)
     lead = np.maximum(tops[:, :, 0].min(1), inside)[:, None]
     u = np.sqrt(d + kth[:, None]**2) + gap/(2 if k == 1 else 1) + 10
-    with np.errstate(divide='ignore'): far = (gap + 17) / lead
+    with np.errstate(divide='ignore'):
+        far = (gap + 17) / lead
     return k * np.minimum(1 + u*u/(2*d) + u/(2*d)*(gap + 12), far)
 
 # %% ../nbs/22_knn.ipynb #25b8c4fa
@@ -537,7 +542,8 @@ def workers(n_jobs):
             ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
             yield n, pool
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../nbs/22_knn.ipynb #e1685cad
 BLOCK_BYTES = 2**28 # bytes of all blocks of distances in work at a time
@@ -563,7 +569,8 @@ def block_distances(model, rows, x) -> np.ndarray: # positions, (b, d) checked t
     least = s.amin(1).square().mul_(1e-9).cpu().numpy()
     for j in np.flatnonzero(unit*(float(model._reach.max()) + norm)**2 > least).tolist():
         again = ((model._reach + norm[j]).square_().mul_(unit) > 1e-9*s[j].square()).nonzero()[:, 0]
-        if len(again): s[j, again] = direct_distances(model._x, again, model.noise_.sigma, raw[j])
+        if len(again):
+            s[j, again] = direct_distances(model._x, again, model.noise_.sigma, raw[j])
     return s.mul_(model.noise_.sigma).cpu().numpy()
 
 def all_distances(model, X) -> np.ndarray: # (n_points, n_train)
@@ -577,7 +584,8 @@ def missing_mass(log_p, error) -> np.ndarray: # (n, C) logarithms and relative e
     """What of |sum p - 1| the classes' own errors and rounding do not explain; a ValueError where it exceeds
     MOST_MISSING."""
     p = np.exp(log_p)
-    with np.errstate(invalid='ignore'): own = np.where(p > 0, p*error, 0).sum(1)
+    with np.errstate(invalid='ignore'):
+        own = np.where(p > 0, p*error, 0).sum(1)
     missing = np.maximum(np.abs(p.sum(1) - 1) - own - 1e-13, 0)
     for k in np.flatnonzero(~(missing <= MOST_MISSING))[:1]:
         raise ValueError(
@@ -614,7 +622,8 @@ def certificate_of(log_p, error, # (n, C) logarithms and their relative errors
                    classes=None # (C,) labels; None: 0 .. C-1
                   ):
     "Certificate from probabilities rounded to the safe side; a ValueError where probability is missing."
-    with np.errstate(divide='ignore'): missing = np.log(missing_mass(log_p, error))
+    with np.errstate(divide='ignore'):
+        missing = np.log(missing_mass(log_p, error))
     upper, top = np.minimum(log_p + np.log1p(error), 0), log_p.argmax(1)
     others = np.where(np.arange(log_p.shape[1]) == top[:, None], -np.inf, upper)
     logs = [np.minimum(np.logaddexp(rivals, missing), 0) for rivals in (log_sum(others), others.max(1))]

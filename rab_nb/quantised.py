@@ -76,8 +76,10 @@ def log_increments(tables, low, high):
 # %% ../nbs/internals/quantised.ipynb #2902ed11
 def exp_inplace(x, function='exp'): # torch; or 'expm1'
     "In place; on a CPU by numpy, which is faster."
-    if x.device.type == 'cpu': getattr(np, function)(x.numpy(), out=x.numpy())
-    else: getattr(torch, function)(x, out=x)
+    if x.device.type == 'cpu':
+        getattr(np, function)(x.numpy(), out=x.numpy())
+    else:
+        getattr(torch, function)(x, out=x)
     return x
 
 # %% ../nbs/internals/quantised.ipynb #324f312e
@@ -85,7 +87,8 @@ def chebyshev(x, p: int): # (n,) torch -> (p, n)
     "T_0 ... T_{p-1} by their recurrence."
     out = x.new_ones(p, len(x))
     out[1] = x
-    for k in range(2, p): torch.mul(x, out[k - 1], out=out[k]).mul_(2).sub_(out[k - 2])
+    for k in range(2, p):
+        torch.mul(x, out[k - 1], out=out[k]).mul_(2).sub_(out[k - 2])
     return out
 
 # %% ../nbs/internals/quantised.ipynb #0a9628a1
@@ -129,7 +132,8 @@ def pieces_of_increments(s, ones, d: int, grid: tuple, low, high, few=None # as 
         lattice(d, *grid).edges,
     )
     size = max(1, CACHED_VALUES // len(low))
-    for part, one in zip(s.split(size), ones.split(size)): yield increments(part, edges, coefficients), one
+    for part, one in zip(s.split(size), ones.split(size)):
+        yield increments(part, edges, coefficients), one
 
 def bucket_sums(s, ones, # (n,) distances; (n, C) 1 for a row's class, else 0
                 d: int, grid: tuple, # features, window
@@ -153,7 +157,8 @@ def quantised_direct(s, y, ones, d: int, grid: tuple, # (n,), (n,), (n, C), as i
     left = np.exp(-np.append(0, total.cumsum()))
     p = (won * left[:-1]).sum(1)
     p[y[0]] += left[-1]
-    with np.errstate(divide='ignore'): return np.log(p)
+    with np.errstate(divide='ignore'):
+        return np.log(p)
 
 # %% ../nbs/internals/quantised.ipynb #e5568580
 def gauss_rule(x, weight, m: int) -> tuple:
@@ -164,7 +169,8 @@ def gauss_rule(x, weight, m: int) -> tuple:
     for k in range(m):
         r = x * basis[-1]
         jacobi[k, k] = r @ basis[-1]
-        for q in basis*2: r -= (r @ q) * q
+        for q in basis*2:
+            r -= (r @ q) * q
         jacobi[k, k + 1] = jacobi[k + 1, k] = np.linalg.norm(r)
         basis.append(r / jacobi[k, k + 1])
     nodes, vectors = np.linalg.eigh(jacobi[:m, :m])

@@ -89,7 +89,8 @@ def _series(power, rates, # (r + 1, ...) p_0 ... p_r, of which p_0 is not used; 
     pair, term = np.zeros((2, k + 1, *power.shape[1:])), np.empty_like(factors)
     pair[0, 0] = 1
     for m in range(k + 1):
-        if m: pair[0, m] /= m
+        if m:
+            pair[0, m] /= m
         np.maximum(pair[:, m], 0, out=pair[:, m])
         n = min(k - m, factors.shape[1])
         pair[:, m + 1:m + 1 + n] += np.multiply(factors[:, :n], pair[0, m], out=term[:, :n])
@@ -129,8 +130,10 @@ def _power_sums(w, # (G, m) weights of the nodes, a row for every class of every
         at_rate = power * hazard
         out.append([w @ power, counts @ (power[::size]*bins) * float(r)**_NODES,
                     w @ at_rate, counts @ (at_rate[::size]*bins) * float(r + 1)**_NODES])
-        if r == 1: scale = np.maximum(np.exp(last - common) / share, out[1][0] / (k*(1 + share)))
-        if r and (out[r][0] < 1e-16*scale**r).all(): break
+        if r == 1:
+            scale = np.maximum(np.exp(last - common) / share, out[1][0] / (k*(1 + share)))
+        if r and (out[r][0] < 1e-16*scale**r).all():
+            break
         power *= odds
         alive = (power[::size] > least*scale.min(0)**(r + 1)).any(1) if r else np.ones(len(counts.T), bool)
         if alive.mean() < .75:
@@ -147,7 +150,8 @@ def _power_sums(w, # (G, m) weights of the nodes, a row for every class of every
 # %% ../nbs/internals/votes.ipynb #9c84bb22
 def _times(a, b, degree: int) -> np.ndarray: # pairs (2, m + 1, ...)
     "Product of polynomials whose coefficients are V + epsilon D."
-    if b.shape[1] > a.shape[1]: a, b = b, a
+    if b.shape[1] > a.shape[1]:
+        a, b = b, a
     n = min(a.shape[1] + b.shape[1] - 2, degree)
     a, b = a[:, :n + 1], b[:, :n + 1]
     m = b.shape[1]
@@ -223,8 +227,10 @@ def wins(pair # (2, K + 1, C, ...)
     one[0] = 1
     for low, high in [(m, m) for m in range(-(-k//n_classes), k//2 + 1)] + [(k//2 + 1, k)]:
         before, behind = [one], [one]
-        for c in range(n_classes - 1): before.append(_times(before[-1], pair[:, :low, c], k - low))
-        for c in range(n_classes - 1, 0, -1): behind.append(_times(behind[-1], pair[:, :low + 1, c], k - low))
+        for c in range(n_classes - 1):
+            before.append(_times(before[-1], pair[:, :low, c], k - low))
+        for c in range(n_classes - 1, 0, -1):
+            behind.append(_times(behind[-1], pair[:, :low + 1, c], k - low))
         for c, others in enumerate(reversed(behind)):
             mine = _times(before[c], pair[:, low:high + 1, c], k - low)
             first = max(0, k - low + 1 - others.shape[1])
@@ -258,13 +264,16 @@ def _nested(evaluate, # (columns) -> (b, C, len) rates, (b, len) relative errors
         new = np.flatnonzero((index % stride == 0) & (index >= low) & (index <= high) & ~done)
         for part in np.array_split(new, -(-len(new)//32)):
             rates, doubt[:, part] = evaluate(part)
-            with np.errstate(divide='ignore'): log_f[..., part] = np.log(rates) + np.log(weight[part])
+            with np.errstate(divide='ignore'):
+                log_f[..., part] = np.log(rates) + np.log(weight[part])
         done[new] = True
         matters = log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)
         found = np.flatnonzero(matters.any((0, 1)))
-        if len(found): low, high = max(found[0] - stride, 0), min(found[-1] + stride, len(index) - 1)
+        if len(found):
+            low, high = max(found[0] - stride, 0), min(found[-1] + stride, len(index) - 1)
         log_p, rule = trapezoid(log_f[..., ::stride], stride)
-        if stride == 1 or not len(found) or not unsettled(log_p, rule).any(): break
+        if stride == 1 or not len(found) or not unsettled(log_p, rule).any():
+            break
         stride = max(1, stride // (4 if high - low < 8*stride else 2))
     return log_p, rule + np.where(matters.any(1), doubt, 0).max(-1, keepdims=True), (u[low], u[high])
 
@@ -273,8 +282,10 @@ def _alike(key, size: int) -> list: # (b,) distances; how many at most -> lists 
     "Batches of points whose distances differ by at most 1."
     out = []
     for j in np.argsort(key, kind='stable'):
-        if out and len(out[-1]) < size and not key[j] > key[out[-1][0]] + 1: out[-1].append(j)
-        else: out.append([j])
+        if out and len(out[-1]) < size and not key[j] > key[out[-1][0]] + 1:
+            out[-1].append(j)
+        else:
+            out.append([j])
     return out
 
 # %% ../nbs/internals/votes.ipynb #8f93c75a
@@ -339,12 +350,14 @@ VOTE_LEVELS = (1/16, 1), (1/64, 1), (1/128, 4), (1/256, 16) # step of the rule; 
 def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: int # as above; on this window
               ) -> tuple: # as `_nested`
     "The vote at test points that are alike, by their bins."
-    if grid[4] > 1/64 and batches > 8: grid = *(round(64*grid[4])*j for j in grid[:2]), *grid[2:4], 1/64
+    if grid[4] > 1/64 and batches > 8:
+        grid = *(round(64*grid[4])*j for j in grid[:2]), *grid[2:4], 1/64
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
     laws, columns = _laws_of_bins(top, rest, y, lattice(d, *grid), finer), np.arange(0, len(u), stride)
     inside = _factors(laws.near(columns))[1].reshape(*top.shape, -1)
     live = columns[_live(inside, rest.shape[1], k)]
-    if not len(live): live = columns
+    if not len(live):
+        live = columns
     return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, live, stride, top.shape[:2])
 
 def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as above
@@ -354,11 +367,14 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as abov
     near = _laws_of_points(top, rest[:, :0], y, d, k, grid, np.arange(0, len(u), stride), stride).near
     columns = np.arange(0, len(u), stride)
     live = columns[_live(_factors(near(columns))[1].reshape(*top.shape, -1), rest.shape[1], k)]
-    if len(live): columns = np.arange(live[0], live[-1] + 1, stride)
+    if len(live):
+        columns = np.arange(live[0], live[-1] + 1, stride)
     rates = _laws_of_points(top, rest, y, d, k, grid, columns, stride).rates(columns, k, top.shape[1])[0]
-    with np.errstate(divide='ignore'): log_f = np.log(rates) + np.log(weight[columns])
+    with np.errstate(divide='ignore'):
+        log_f = np.log(rates) + np.log(weight[columns])
     found = np.flatnonzero((log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)).any((0, 1)))
-    if len(found): columns = columns[max(found[0] - 1, 0):found[-1] + 2]
+    if len(found):
+        columns = columns[max(found[0] - 1, 0):found[-1] + 2]
     fine = np.arange(max(0, columns[0] - stride), min(columns[-1] + stride + 1, len(u)))
     laws = _laws_of_points(top, rest, y, d, k, grid, fine)
     return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, columns, stride, top.shape[:2])
