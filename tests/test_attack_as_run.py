@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 
-from rab_nb import report, tables
+from rab_nb import report
 
 RESULTS = profiles.ROOT / 'results'
 NOTEBOOK = profiles.ROOT / 'nbs/experiments/labels.ipynb'
