@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 
-from rab_nb import report
+from rab_nb import profiles, report
 
 RESULTS = profiles.ROOT / 'results'
 NOTEBOOK = profiles.ROOT / 'nbs/experiments/labels.ipynb'
