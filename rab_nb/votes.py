@@ -350,7 +350,7 @@ VOTE_LEVELS = (1/16, 1), (1/64, 1), (1/128, 4), (1/256, 16) # step of the rule; 
 def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: int # as above; on this window
               ) -> tuple: # as `_nested`
     "The vote at test points that are alike, by their bins."
-    if grid[4] > 1/64 and batches > 8:
+    if grid[4] > 1/64 and batches > 2:
         grid = *(round(64*grid[4])*j for j in grid[:2]), *grid[2:4], 1/64
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
     laws, columns = _laws_of_bins(top, rest, y, lattice(d, *grid), finer), np.arange(0, len(u), stride)
