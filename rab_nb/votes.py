@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import as_strided
 
 from .bins import BIN, bin_moments, bin_nodes, node_weights, trapezoid, unsettled
