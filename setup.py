@@ -12,6 +12,7 @@ ini = parser['DEFAULT']
 extras = {key.removesuffix('_requirements'): split(ini[key]) for key in ini if key.endswith('_requirements')}
 extras['dev'] = [name for names in extras.values() for name in names]
 
+PROFILES = f"{ini['lib_path']}._profiles"  # what `rab-nb run --profile` finds outside of a clone
 CLASSIFIERS = [
     'Development Status :: 4 - Beta',
     'Intended Audience :: Science/Research',
@@ -42,7 +43,9 @@ setup(
     author=ini['author'], author_email=ini['author_email'], license='Apache-2.0', keywords=ini['keywords'],
     url=ini['git_url'], python_requires='>=' + ini['min_python'],
     classifiers=CLASSIFIERS, project_urls=project_urls,
-    packages=find_packages(include=[ini['lib_path'] + '*']), package_data={ini['lib_path']: ['*.csv', 'py.typed']},
+    packages=[*find_packages(include=[ini['lib_path'] + '*']), PROFILES],
+    package_dir={PROFILES: 'nbs/experiments/profiles'},
+    package_data={ini['lib_path']: ['*.csv', 'py.typed'], PROFILES: ['*.yaml']},
     install_requires=split(ini['requirements']), extras_require=extras,
     long_description=absolute_links((root / 'README.md').read_text(encoding='utf-8')),
     long_description_content_type='text/markdown',

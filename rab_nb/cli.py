@@ -18,6 +18,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import rab_nb
+
 # %% ../nbs/internals/cli.ipynb #1cd49564
 def _of_tables(args) -> dict: # table -> settings
     "Settings behind the rows (and pairs) of tables."
@@ -99,6 +101,10 @@ def _run(args) -> int:
                                path,
                        beside, until)
         complete &= _tell(runs, [b for p in [path, *beside] if p for b in store.read_blocks(p)])
+    if complete and args.table:
+        tables = ' '.join(map(str, args.table))
+        print(f'complete; `make tables PROFILE={args.profile} TABLES="{tables}"` draws it, then `rab-nb '
+              f'table N` prints it')
     if not complete:
         print('the time was up; what is finished is kept, and the same command goes on from here')
     return 0
@@ -164,6 +170,25 @@ def _remove(args) -> int:
         remove_run(r)
         print(f'{r.id[:16]} removed')
     return 0
+
+# %% ../nbs/internals/cli.ipynb #7ab1e002
+def _table(args) -> int:
+    "rab-nb table"
+    from rab_nb.profiles import ROOT
+    wanted = [args.profile] if args.profile else ['paper', 'cpu', 'quick']
+    paths = [ROOT / 'results' / profile / f'table{args.number}.md' for profile in wanted]
+    found = next((path for path in paths if path.with_suffix('.csv').is_file() and path.is_file()), None)
+    if found is None:
+        raise ValueError(f'table {args.number} is not drawn in any of {wanted}: run `make tables '
+                         f'TABLES={args.number}` in a clone')
+    print(found.read_text(encoding='utf-8').rstrip())
+    return 0
+
+def _add_table(commands) -> None:
+    parser = commands.add_parser('table', help='print a table that has been drawn')
+    parser.add_argument('number', type=int, choices=range(1, 10), metavar='N', help='1 to 9')
+    parser.add_argument('--profile', help='paper, cpu or quick; the first of them that has the table')
+    parser.set_defaults(command=_table)
 
 # %% ../nbs/internals/cli.ipynb #0b900411
 _EPILOG = ('A run that was stopped or killed goes on where it was when the same command is given again. '
@@ -233,8 +258,10 @@ def main(argv: list | None = None # arguments; None: those of the process
     parser = argparse.ArgumentParser('rab-nb',
                                      description='Certified training against backdoors: run and keep the '
                                                  'experiments.')
-    commands = parser.add_subparsers(required=True, metavar='run|runs|blocks|merge')
+    parser.add_argument('--version', action='version', version=f'rab-nb {rab_nb.__version__}')
+    commands = parser.add_subparsers(required=True, metavar='run|table|runs|blocks|merge')
     _add_run(commands)
+    _add_table(commands)
     _add_runs(commands)
     _add_blocks(commands)
     args = parser.parse_args(argv)

@@ -61,7 +61,9 @@ def spec(table: int # 1-9
 
 # %% ../nbs/internals/profiles.ipynb #0b073812
 ROOT = Path(rab_nb.__file__).resolve().parent.parent
-PROFILES = ROOT / 'nbs/experiments/profiles'
+PROFILES = ROOT / 'nbs/experiments/profiles' # of a clone; the wheel has them beside the modules
+if not PROFILES.is_dir():
+    PROFILES = Path(rab_nb.__file__).resolve().parent / '_profiles'
 
 def profile_path(name # 'quick', 'cpu', 'paper', or the path of a YAML file
                 ) -> Path: # an existing file

@@ -170,7 +170,8 @@ def informative(scores # frame of `beside_paper`
     cells = over_seeds(scores).dropna(subset='paper')
     rate, accuracy = (cells[cells.metric == f'certified_{name}'] for name in ('rate', 'accuracy'))
     same = rate.merge(accuracy, on=[*ROW_COLUMNS, 'radius'], suffixes=('', '_too'))
-    if len(same) and (same.paper == same.paper_too).all(): cells = cells.drop(rate.index)
+    if len(same) and (same.paper == same.paper_too).all():
+        cells = cells.drop(rate.index)
     between = cells.value.between(.005, .995) | cells.paper.between(.005, .995)
     return (cells.value - cells.paper).abs()[between]
 
@@ -671,7 +672,8 @@ def _grid_cell(page: dict | None) -> str: # of `all_pages`
     done = f"{sum(line[4] != 'not run' for line in ours)} of {len(ours)} rows"
     if page['models']['asked']:
         models = f"N = {page['models']['fewest']}"
-        if page['provisional']: models += f" of {page['models']['asked']}, provisional"
+        if page['provisional']:
+            models += f" of {page['models']['asked']}, provisional"
         done += f', {models}'
     else:
         done += ', exact'

@@ -22,7 +22,7 @@ def built(tmp_path_factory):
     files = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', cwd=ROOT).split('\n')
     for name in filter(None, files):
         if name.startswith(('rab_nb/', 'setup', 'settings', 'pyproject', 'MANIFEST', 'README', 'LICENSE',
-                            'CITATION', 'constraints')):
+                            'CITATION', 'constraints', 'nbs/experiments/profiles')):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     run(sys.executable, '-m', 'build', '--outdir', source / 'dist', source)
@@ -35,6 +35,7 @@ def test_wheel_holds_modules_and_numbers(built):
     modules = {f'rab_nb/{path.name}' for path in (ROOT / 'rab_nb').iterdir()
                if path.suffix in ('.py', '.csv')}
     assert modules <= names
+    assert {f'rab_nb/_profiles/{name}.yaml' for name in ('quick', 'cpu', 'paper')} <= names
     assert not {name for name in names if name.startswith(('nbs', 'tests', 'results'))}
 
 
