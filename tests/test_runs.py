@@ -26,7 +26,9 @@ MODULE_DEFAULTS = {
     'mlp': dict(n_outputs=1, width=64),
     'preact_resnet': dict(n_outputs=1, n_blocks=5, widths=(16, 32, 64), norm='batch', stem_stride=1),
     'small_resnet': dict(n_outputs=1, stem_stride=2, norm='batch'),
+    'strided_cnn': dict(n_outputs=1, width=32),
     'resnet18': dict(n_outputs=1, weights=None, norm='batch'),
+    'efficientnet_lite0': dict(n_outputs=1),
 }
 values = st.recursive(st.none() | st.booleans() | st.text(max_size=5) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
                       lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3), max_leaves=8)

@@ -52,7 +52,7 @@ def test_reference_tells_arguments_errors_and_results():
     stream = reference.load(ROOT / 'rab_nb')['noise'].member('stream')
     assert [str(a) for a in stream.arguments] == ['seed: int', 'purpose: str', '*index: int']
     assert stream.arguments[0].comment.startswith('any integer') and stream.returns.comment == 'below 2^63'
-    scale = reference.load(ROOT / 'rab_nb')['noise'].member('set_scale')
+    scale = reference.load(ROOT / 'rab_nb')['noise'].member('GaussianNoise')
     assert ('ValueError', '… must be > 0, got …') in scale.errors
     assert any('finite' in text for kind, text in scale.errors), 'errors of functions it calls belong to it'
 
