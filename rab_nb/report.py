@@ -729,7 +729,10 @@ def _glance(results, pages, number): # a line
         (['soft', 'L=200'], ['hoeffding', 'exact']),
         not page['verdict'].startswith('Not compared'),
     )
-    return dict(table=title, models=page['models']['fewest'] or 'exact', radius=t.radius.iloc[0],
+    models = page['models']['fewest'] or 'exact'
+    if page['provisional']:
+        models = f"{models} of {page['models']['asked']}"
+    return dict(table=title, models=models, radius=t.radius.iloc[0],
                 ours=mean(*as_paper), tightest=mean(['hard', 'exact'], ['clopper_pearson', 'exact']),
                 paper=mean(*as_paper, 'paper') if compared else '')
 
