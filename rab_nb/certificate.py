@@ -844,8 +844,10 @@ def _check_labels(path, lines, rows, c):
 def _read_rows(path):
     "Names of the columns, line numbers, and the rows as dicts."
     try:
-        with Path(path).open(newline='', encoding='utf-8') as file:
-            reader = csv.reader(file)
+        with Path(path).open(newline='', encoding='utf-8-sig') as file: # a spreadsheet may have put a mark in front
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=';' if first.count(';') > first.count(',') else ',')
             numbered = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is not a CSV file in UTF-8: {error}') from error

@@ -10,6 +10,7 @@ __all__ = ['SHA256', 'frozen', 'Task', 'digest', 'from_arrays', 'read_npz', 'fol
 import hashlib
 import io
 import os
+import re
 import tempfile
 import urllib.request
 import zipfile
@@ -547,14 +548,33 @@ def read_image(path, # an image file
 # %% ../nbs/10_data.ipynb #59c02fd3
 _IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 
+def _is_image(path: Path, folder: Path) -> bool: # what programs leave beside images is none
+    parts = path.relative_to(folder).parts
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not any(p.startswith(('.', '__MACOSX')) for p in parts)
+
+def _prefix(path: Path) -> str: # 'cat' of cat.0.jpg, cat_0.jpg and cat-0.jpg, '' of others
+    found = re.match(r'([A-Za-z]\w*?)[._-]', path.name)
+    return found[1] if found and path.stem != found[1] else ''
+
+def _found_classes(folder: Path) -> tuple: # folders with images, or else prefixes of the names of images
+    folders = [
+        p.name for p in folder.iterdir() if p.is_dir() and any(_is_image(q, folder) for q in p.rglob('*'))
+    ]
+    names = [_prefix(p) for p in folder.iterdir() if p.is_file() and _is_image(p, folder)]
+    return tuple(sorted(folders or filter(None, set(names))))
+
 def _image_files(folder: Path, classes: tuple) -> tuple: # (paths, labels)
-    files = [[p for p in sorted((folder/str(c)).rglob('*')) if p.suffix.lower() in _IMAGE_SUFFIXES]
-             for c in classes]
+    def of(c):
+        inside = (folder/str(c)).rglob('*') if (folder/str(c)).is_dir() else \
+            (p for p in folder.iterdir() if p.is_file() and _prefix(p) == str(c))
+        return [p for p in sorted(inside) if _is_image(p, folder)]
+    files = [of(c) for c in classes]
     if empty := [c for c, f in zip(classes, files) if not f]:
         raise ValueError(f'{folder/str(empty[0])}: no images of class {empty[0]!r} (suffixes '
-                         f'{sorted(_IMAGE_SUFFIXES)})')
+                         f'{sorted(_IMAGE_SUFFIXES)}), neither in such a folder nor as files {empty[0]}.*')
     return sum(files, []), np.repeat(np.arange(len(classes)), [len(f) for f in files])
 
+# %% ../nbs/10_data.ipynb #f01de001
 def _read_images(paths: list, size: int) -> np.ndarray: # (n, size, size, 3) uint8
     n = len(paths) * size * size * 3
     if n > _max_bytes():
@@ -566,7 +586,7 @@ def _read_images(paths: list, size: int) -> np.ndarray: # (n, size, size, 3) uin
     return out
 
 # %% ../nbs/10_data.ipynb #35c08e50
-def from_folder(folder, # holds one folder of images per class, or train/ and val/ (or test/) that do
+def from_folder(folder, # a folder of images per class, or files cat.0.jpg ...; or train/ and val/ (or test/)
                 classes=None, # folder names, target class first; default: all, sorted
                 size: int = 224, # images become size x size
                 random_state: int = 0, # seed of the 80/20 split where there is no val/ or test/
@@ -577,7 +597,8 @@ def from_folder(folder, # holds one folder of images per class, or train/ and va
     if not folder.is_dir(): raise ValueError(f'{folder}: no such folder of images')
     train, test = folder/'train', next((folder/t for t in ('val', 'test') if (folder/t).is_dir()), None)
     top = train if train.is_dir() and test else folder
-    classes = tuple(sorted(p.name for p in top.iterdir() if p.is_dir()) if classes is None else classes)
+    classes = _found_classes(top) if classes is None else tuple(classes)
+    if not classes: raise ValueError(f'{top}: neither folders of images nor images called class.number')
     if top is train:
         parts = [_image_files(train, classes), _image_files(test, classes)]
     else:
