@@ -844,7 +844,7 @@ def _check_labels(path, lines, rows, c):
 def _read_rows(path):
     "Names of the columns, line numbers, and the rows as dicts."
     try:
-        with Path(path).open(newline='', encoding='utf-8-sig') as file: # a spreadsheet may have put a mark in front
+        with Path(path).open(newline='', encoding='utf-8-sig') as file:
             first = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=';' if first.count(';') > first.count(',') else ',')
