@@ -55,9 +55,9 @@ def contents(paths):
     newest = {number: f'results/{profile}/table{number}' for number in '987654321'[::-1] for profile in reversed(PROFILES)
               if f'results/{profile}/table{number}.ipynb' in paths}
     order = lambda known: lambda page: known.index(Path(page).name) if Path(page).name in known else len(known)
-    return {'Theory': pick(r'nbs/0\d\w?_'), 'Algorithms': pick(r'nbs/[1-9]\d\w?_'),
+    return {'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order(TUTORIALS)),
+            'Theory': pick(r'nbs/0\d\w?_'), 'Algorithms': pick(r'nbs/[1-9]\d\w?_'),
             'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values()) + pick(r'nbs/experiments/'),
-            'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order(TUTORIALS)),
             'Internals': sorted(pick(r'nbs/internals/'), key=order(INTERNALS)),
             'Reference': ['reference/index'], 'Project': ['contributing']}, newest
 
