@@ -556,10 +556,8 @@ def _prefix(path: Path) -> str: # 'cat' of cat.0.jpg, cat_0.jpg and cat-0.jpg, '
     found = re.match(r'([A-Za-z]\w*?)[._-]', path.name)
     return found[1] if found and path.stem != found[1] else ''
 
-def _found_classes(folder: Path) -> tuple: # folders with images, or else prefixes of the names of images
-    folders = [
-        p.name for p in folder.iterdir() if p.is_dir() and any(_is_image(q, folder) for q in p.rglob('*'))
-    ]
+def _found_classes(folder: Path) -> tuple: # names of folders, or else prefixes of the names of images
+    folders = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX'))]
     names = [_prefix(p) for p in folder.iterdir() if p.is_file() and _is_image(p, folder)]
     return tuple(sorted(folders or filter(None, set(names))))
 
