@@ -45,10 +45,13 @@ def photos_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of 
                width: int = 16 # channels of the first convolution
               ) -> nn.Module: # (B, 3, 16, 16) -> (B, n_outputs)
     "A 4x4 convolution of stride four and a 2x2 one of stride two for 3x16x16 images."
+    return _windows(n_outputs, width, size=16)
+
+def _windows(n_outputs, width, size): # 4x4 pixels, then 2x2 positions, then a linear layer
     return nn.Sequential(
         nn.Conv2d(3, width, 4, stride=4), nn.ReLU(),
         nn.Conv2d(width, 2 * width, 2, stride=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * width, n_outputs))
+        nn.Flatten(), nn.Linear(2 * width * (size // 8)**2, n_outputs))
 
 # %% ../nbs/12_models.ipynb #9ade2487
 def mlp(n_features: int, # values per input, d
@@ -112,10 +115,7 @@ def strided_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of
                 width: int = 32 # channels of the first convolution
                ) -> nn.Module: # (B, 3, 32, 32) -> (B, n_outputs)
     "Windows of 4x4 pixels, windows of 2x2 positions and a linear layer: the cheapest network for CIFAR-10."
-    return nn.Sequential(
-        nn.Conv2d(3, width, 4, stride=4), nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 2, stride=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * width, n_outputs))
+    return _windows(n_outputs, width, size=32)
 
 # %% ../nbs/12_models.ipynb #9db321b2
 def resnet18(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes

@@ -574,7 +574,7 @@ def _smoothed_features(spec, body, x, models) -> torch.Tensor: # (n, ...) traini
         def make(i):
             i = torch.from_numpy(i)
             return to_inputs(rows[i] + (draw_noise(spec, rows, k, i) if small is None else small[i]), shape)
-        name = f'{_named_body(spec, body)} {spec.noise!r} {spec.random_state} {len(rows)} {k}'
+        name = f'{_named_body(spec, body)} {spec.noise!r} {spec.random_state} {rows.shape[0]} {shape} {k}'
         return store.features(
             name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision)
         )
@@ -584,7 +584,7 @@ def _test_features(spec, body, x, u) -> torch.Tensor: # (n, ...) inputs, (M, 1, 
     rows, shape, body = to_rows(x), tuple(np.shape(x)[1:]), body.to(spec.device)
     store, digests = FeatureStore(os.environ.get('RAB_FEATURES') or None), row_digests(x, numbered=False)
     def of(shift):
-        name = f'{_named_body(spec, body)} u {hashlib.sha256(shift.numpy().tobytes()).hexdigest()}'
+        name = f'{_named_body(spec, body)} {shape} u {hashlib.sha256(shift.numpy().tobytes()).hexdigest()}'
         make = lambda i: to_inputs(rows[torch.from_numpy(i)] + shift, shape)
         return store.features(
             name, digests, lambda i: body_features(body, make, i, spec.device, spec.precision)
