@@ -65,10 +65,13 @@ def test_any_small_network_matches_brute_force(seed, m, b, c_in, width, size, st
                          seed), torch.randn(m, b, c_in, 7, 8), torch.randint(0, max(2, n_outputs), (b,))
     norms = clipped_sum(stack, x, y, loss_per_sample, C)
     for k, one in models_of(stack, net):
-        expected, brute = clipped(one, x[k], y, C)
-        torch.testing.assert_close(norms[k], brute, rtol=1e-4, atol=1e-5)
+        expected, brute = clipped(one.double(), x[k].double(), y, C)
+        torch.testing.assert_close(norms[k].double(), brute, rtol=1e-4, atol=1e-5)
+        # A parameter's gradient is a sum over the batch and the positions that may cancel: its error is
+        # measured against what was added up, the clipped norms, not against what is left.
+        scale = brute.clamp(max=C).sum().item()
         for name, w in stack.weights.items():
-            torch.testing.assert_close(w.grad[k], expected[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(w.grad[k].double(), expected[name], rtol=1e-4, atol=1e-5 + 3e-5 * scale)
 
 
 def test_sequences_and_frozen_layers():
