@@ -28,10 +28,11 @@ seeds = itertools.count()
 
 
 @pytest.fixture
-def outcome(request, capsys):
-    "Print the fault (the test's first line of documentation) and what became of it."
+def outcome(request, record_property):
+    "Note the fault (the test's first line of documentation) and what became of it; tests/conftest.py prints both."
     def say(text):
-        with capsys.disabled(): print(f'\n  fault:   {request.function.__doc__}\n  outcome: {text}')
+        record_property('fault', request.function.__doc__)
+        record_property('outcome', text)
     return say
 
 
@@ -188,10 +189,10 @@ def test_dask_equals_local(settings, cluster, tmp_path, undisturbed, outcome):
 
 
 def table1(store, monkeypatch, **how):
-    "Table 1 of the profile quick (one seed, 2 epochs) from a store, as the text of its csv file."
+    "Table 1 of the profile quick (one seed, 20 models of 2 epochs) from a store, as the text of its csv file."
     from rab_nb import profiles, tables
     profile = profiles.load_profile('quick') | dict(seeds=[0])
-    profile['ensemble']['mnist']['epochs'] = 2
+    profile['ensemble']['mnist'] |= dict(epochs=2, n_models=20, shard_size=10)
     rows = profiles.rows_of(profiles.spec(1), profile)
     workers.run_all([s for row in rows for s in profiles.runs_of(row, profile).values()], store, device='cpu', progress=False, **how)
     monkeypatch.setenv('RAB_RUNS', str(store))
