@@ -327,7 +327,8 @@ def tidy(finished: list, # of Finished
     lines = []
     for f in finished:
         r, errors = f.row, _sampling_errors(f, table)
-        chance = lambda s, *cell: {'sampling_error': errors.get(cell) if s == PAPER else None} if errors else {}
+        error = lambda s, *cell: errors.get(cell) if s == PAPER else None
+        chance = lambda *cell: {'sampling_error': error(*cell)} if errors else {}
         key = dict(zip([*ROW_COLUMNS, 'pair', 'seed'],
                        (r.table, r.attack, r.norm, r.rate, r.sigma, ' / '.join(map(str, r.pair)), r.seed)))
         what = dict(n_models=f.n_models, n_points=len(f.y), data=f.data)
