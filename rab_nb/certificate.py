@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from . import bounds, theory
+from .inputs import to_labels
 from .noise import GaussianNoise, noise_from_repr
 
 # %% ../nbs/03_certificate.ipynb #5958f41a
@@ -114,7 +115,7 @@ def as_labels(name: str, # what a message calls them
     "Labels and their kind: 'numbers', 'texts' or 'booleans'; ValueError for others, two at once, inf, a gap."
     if np.ma.isMaskedArray(values):
         values = np.where(values.mask, None, values.data.astype(object))
-    array = np.asarray(values, dtype=object)
+    array = np.array(to_labels(values, name), dtype=object)
     if array.ndim != 1: raise ValueError(f'{name} must be labels (n,), got shape {array.shape}')
     labels = [_plain(v) for v in array]
     kinds = {_kind(t) for t in set(map(type, labels)) - {type(None)}}

@@ -343,6 +343,7 @@ def _as_mnist(arrays: dict # name -> array of an npz file
             raw[f'{k}_{part}'] = _bytes_of(a) if k == 'x' else a.astype(np.uint8)
     return raw if digest(*(raw[k] for k in _PARTS)) == _MNIST_DIGEST else None
 
+# %% ../nbs/10_data.ipynb #8ff5d004
 _PARTS = ('x_train', 'y_train', 'x_test', 'y_test')
 
 def _mnist_file(root # see `folders`; or an npz file
@@ -696,6 +697,7 @@ def from_folder(folder, # a folder of images per class, or files cat.0.jpg ...; 
     return Task(name, *arrays, classes, f'{sum(len(y) for _, y in parts)} images resized to {size}x{size}',
                 digest(*arrays))
 
+# %% ../nbs/10_data.ipynb #35c08e51
 def _classes_of(top: Path, test) -> tuple: # folder of (training) images; folder of test images or None
     found = _found_classes(top)
     if not found: raise ValueError(f'{top}: neither folders of images nor images called class.number')
@@ -747,6 +749,7 @@ def _table_arrays(path: Path, frame) -> dict: # x and y of a data frame
                          'delete it, or write the file with index=False')
     return dict(x=frame.drop(columns=names['label']), y=label.to_numpy())
 
+# %% ../nbs/10_data.ipynb #da7a0008
 def _file_arrays(path: Path) -> dict: # x and y, or x_train, y_train, x_test and y_test
     if path.suffix.lower() == '.npz':
         raw = read_npz(path)
