@@ -115,7 +115,7 @@ def as_labels(name: str, # what a message calls them
     "Labels and their kind: 'numbers', 'texts' or 'booleans'; ValueError for others, two at once, inf, a gap."
     if np.ma.isMaskedArray(values):
         values = np.where(values.mask, None, values.data.astype(object))
-    array = np.array(to_labels(values, name), dtype=object)
+    array = to_labels(values, name, object)
     if array.ndim != 1: raise ValueError(f'{name} must be labels (n,), got shape {array.shape}')
     labels = [_plain(v) for v in array]
     kinds = {_kind(t) for t in set(map(type, labels)) - {type(None)}}

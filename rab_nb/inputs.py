@@ -231,11 +231,12 @@ def _check_kind(y): # (n,)
 
 # %% ../nbs/05_inputs.ipynb #1a05c043
 def to_labels(y, # labels as the user has them: array, list, Series, tensor
-              name: str = 'y' # how the message calls them
-             ) -> np.ndarray: # of any type and shape
+              name: str = 'y', # how the message calls them
+              dtype=None # of the array; None: what NumPy makes of them
+             ) -> np.ndarray: # of any shape
     "Labels as an array; ValueError for Datasets, and for tensors without values."
     _check_no_dataset(y, name)
-    return np.asarray(_tensors_read(y, name))
+    return np.asarray(_tensors_read(y, name), dtype=dtype)
 
 def check_labels(y, # (n,) labels of any sortable type
                  n: int, # number of inputs
