@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from .inputs import image_hint, to_array, to_labels
+from .inputs import check_extra, image_hint, to_array, to_labels
 from .noise import rng
 
 # %% ../nbs/10_data.ipynb #c3ce0fd4
@@ -373,6 +373,7 @@ _torchvision = [] # keeps the declared operators alive
 
 def import_torchvision():
     "The torchvision module, also next to a CPU build of torch."
+    check_extra('vision', 'reading MNIST or CIFAR-10 in torchvision\'s way', 'torchvision')
     try:
         import torchvision
     except RuntimeError as e:
