@@ -10,17 +10,23 @@ TABLES  ?= 1 2 3 4 5 6 7 8 9
 VENV    := .venv
 BIN     := $(VENV)/bin
 PY      := $(BIN)/python
-READY   := $(VENV)/.ready
+READY   := $(VENV)/.ready-dev
+# What tables need is less than what everything needs; whoever has everything has them, too.
+TABLES_READY := $(if $(wildcard $(READY)),$(READY),$(VENV)/.ready-tables)
 export MATPLOTLIBRC := $(CURDIR)/nbs/matplotlibrc
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 ## ---- installation ----------------------------------------------------------------------------
-$(READY): settings.ini setup.py pyproject.toml constraints.txt
+# An environment that was interrupted, or whose Python has gone, is made anew: .installing is there while pip works.
+$(shell if [ -d $(VENV) ]; then { [ ! -e $(VENV)/.installing ] && $(PY) -c '' 2>/dev/null; } || rm -f $(VENV)/.ready-*; fi)
+
+$(VENV)/.ready-%: settings.ini setup.py pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "rab_nb needs Python >= 3.11, but there is no '$(PYTHON)'; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rab_nb needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name a newer one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+	@if [ -e $(VENV)/.installing ] || ! $(PY) -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); $(PYTHON) -m venv $(VENV); fi
+	@touch $(VENV)/.installing
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@rm -f $(VENV)/.installing && touch $@
 
 install: $(READY) ## create .venv and install the package with everything it needs
 
@@ -52,9 +58,9 @@ dnn_needs = nbs/experiments/dnn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $
 knn_needs = nbs/experiments/knn.ipynb nbs/experiments/profiles/$(PROFILE).yaml $(call modules,cli defences dp)
 make_table = @mkdir -p $(@D) && $(PY) -m rab_nb.report make $(1) $(@F:table%=%) $(PROFILE) && touch $@
 
-$(addprefix .stamps/$(PROFILE)/table,1 2 3 4 5 6): $(dnn_needs) $$(blocks) | $(READY)
+$(addprefix .stamps/$(PROFILE)/table,1 2 3 4 5 6): $(dnn_needs) $$(blocks) | $(TABLES_READY)
 	$(call make_table,$(finished))
-$(addprefix .stamps/$(PROFILE)/table,7 8 9): $(knn_needs) $$(blocks) | $(READY)
+$(addprefix .stamps/$(PROFILE)/table,7 8 9): $(knn_needs) $$(blocks) | $(TABLES_READY)
 	$(call make_table,)
 
 ## ---- tests -----------------------------------------------------------------------------------

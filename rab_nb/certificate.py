@@ -9,8 +9,10 @@ __all__ = ['check_probabilities', 'hard_votes', 'VoteStatistics', 'as_labels', '
 # %% ../nbs/03_certificate.ipynb #0170c597
 import csv
 import html
+import io
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from . import bounds, theory
+from .inputs import to_labels
 from .noise import GaussianNoise, noise_from_repr
 
 # %% ../nbs/03_certificate.ipynb #5958f41a
@@ -112,7 +115,7 @@ def as_labels(name: str, # what a message calls them
     "Labels and their kind: 'numbers', 'texts' or 'booleans'; ValueError for others, two at once, inf, a gap."
     if np.ma.isMaskedArray(values):
         values = np.where(values.mask, None, values.data.astype(object))
-    array = np.asarray(values, dtype=object)
+    array = to_labels(values, name, object)
     if array.ndim != 1: raise ValueError(f'{name} must be labels (n,), got shape {array.shape}')
     labels = [_plain(v) for v in array]
     kinds = {_kind(t) for t in set(map(type, labels)) - {type(None)}}
@@ -784,6 +787,34 @@ def _classes(text):
     if type(read) is int and 1 <= read <= 10**6: return dict(classes=read)
     return dict(classes=check_classes(read)) if type(read) is list else None
 
+# %% ../nbs/03_certificate.ipynb #9a7c0010
+_WORDS = (dict.fromkeys('true wahr vrai verdadero verdadeiro vero waar prawda'.split(), 'True')
+          | dict.fromkeys('false falsch faux falso onwaar fałsz'.split(), 'False')) # en de fr es pt it nl pl
+
+def _plain_text(text, kind, comma):
+    "A field as `to_csv` wrote it, where a spreadsheet rewrote a number or a flag."
+    text = text.strip()
+    if kind == 'flag': return _WORDS.get(text.lower(), text)
+    if kind == 'number' and comma and text.count(',') == 1 and '.' not in text:
+        text = text.replace(',', '.')
+    whole = re.fullmatch(r'(-?\d+)[.]0*', text)
+    return whole[1] if kind == 'whole' and whole else text
+
+def _column_kind(column):
+    "How a spreadsheet treats a column: flag, number, whole or text."
+    if column in ('simultaneous', 'familywise'): return 'flag'
+    if column in ('prediction', 'n_models', 'n_train'): return 'whole'
+    return 'number' if _FIELDS.get(column, (str,))[0] is float else 'text'
+
+def _same_label(text, label, comma):
+    "Whether a field can be the label that it stands for."
+    if text == label: return True
+    text = _WORDS.get(text.strip().lower(), text.strip())
+    try:
+        return float(text.replace(',', '.') if comma else text) == float(label)
+    except ValueError:
+        return text == label.strip()
+
 # %% ../nbs/03_certificate.ipynb #9a7c0009
 _PROBABILITY = float, lambda p: 0 <= p <= 1, 'a number in [0, 1]'
 _LOG = float, lambda v: v < 1e-9, 'the logarithm of a probability, a number <= 0'
@@ -833,30 +864,58 @@ def _check_rows(path, lines, c):
         for i in np.flatnonzero(rows)[:1]:
             raise ValueError(f'{path}, line {lines[i]}, column radius: got {c.radius[i]}, must be {allowed}')
 
-def _check_labels(path, lines, rows, c):
+def _check_digits(path, lines, c):
+    "ValueError for a radius that p_a and p_b of its row do not give, as after numbers were rounded."
+    won = np.flatnonzero((c.radius > 0) & np.isfinite(c.radius))
+    logs = {k: getattr(c, k)[won] for k in ('log_q_a', 'log_p_b') if getattr(c, k) is not None}
+    most = _radius(c.noise, c.p_a[won], c.p_b[won], c.radius_arguments, **logs) if len(won) else won
+    for i, most_here in zip(won, most):
+        if c.radius[i] <= most_here * (1 + 1e-9): continue
+        raise ValueError(f'{path}, line {lines[i]}, column radius: got {c.radius[i]}, must be at most '
+                         f'{most_here}, which p_a and p_b of its row give; numbers that a spreadsheet has '
+                         'rounded cannot be read back: save them with all digits')
+
+def _check_labels(path, lines, rows, c, comma):
     "ValueError for a label that is not the one of its row's prediction."
     for line, row, label, p in zip(lines, rows, map(_text, c.labels.tolist()), c.prediction):
-        if row.get('label', label) == label: continue
+        if _same_label(row.get('label', label), label, comma): continue
         allowed = f'{label!r} where the prediction is {p}'
         raise ValueError(f'{path}, line {line}, column label: got {row["label"][:80]!r}, must be {allowed}')
 
 # %% ../nbs/03_certificate.ipynb #06426a7b
-def _read_rows(path):
-    "Names of the columns, line numbers, and the rows as dicts."
+def _read_text(path):
+    "The text of a file in UTF-8, or in UTF-16 where its first bytes say so."
     try:
-        with Path(path).open(newline='', encoding='utf-8-sig') as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=';' if first.count(';') > first.count(',') else ',')
-            numbered = [(reader.line_num, row) for row in reader if row]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is not a CSV file in UTF-8: {error}') from error
-    names = numbered[0][1] if numbered else []
+        data = Path(path).read_bytes()
+    except (OSError, TypeError) as error:
+        raise ValueError(f'{path} cannot be read: {error}; pass a file that to_csv has written') from error
+    if data[:4] == b'PK\3\4': raise ValueError(f'{path} is a spreadsheet or an archive: save it as CSV first')
+    try:
+        return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not a CSV file in UTF-8: {error}; save it as CSV UTF-8') from error
+
+def _read_rows(path):
+    "Names of the columns, line numbers, the rows as dicts, may commas be decimal, was anything rewritten?"
+    text = _read_text(path)
+    head = re.match(r'sep=(.)\r?\n', text)
+    first = text[head.end() if head else 0:].split('\n', 1)[0]
+    separator = head[1] if head else max(',;\t', key=first.count)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator)
+        numbered = [(reader.line_num, row) for row in reader if any(map(str.strip, row))][bool(head):]
+    except csv.Error as error:
+        raise ValueError(f'{path} is not a CSV file: {error}') from error
+    names = [name.strip() for name in numbered[0][1]] if numbered else []
     for line, row in numbered:
         if len(row) != len(names):
             raise ValueError(f'{path}, line {line}: {len(row)} fields, the first line names {len(names)} '
                              'columns')
-    return names, [line for line, _ in numbered[1:]], [dict(zip(names, row)) for _, row in numbered[1:]]
+    comma = separator != ','
+    plain = [{k: _plain_text(v, _column_kind(k), comma) for k, v in zip(names, row)}
+             for _, row in numbered[1:]]
+    rewritten = comma or any(list(new.values()) != old for new, (_, old) in zip(plain, numbered[1:]))
+    return names, [line for line, _ in numbered[1:]], plain, comma, rewritten
 
 # %% ../nbs/03_certificate.ipynb #9a7c000b
 @patch
@@ -865,7 +924,7 @@ def from_csv(cls: Certificate,
              path # of a file that `to_csv` has written
             ) -> Certificate: # equal to the one written
     "Read a certificate. ValueError with line and column for a file that holds none, or a contradiction."
-    names, lines, rows = _read_rows(path)
+    names, lines, rows, comma, rewritten = _read_rows(path)
     evidence = [f.name for f in fields(Evidence)]
     missing = {*evidence, *_COLUMNS[:4]} - {*_REACH} - set(names if rows else ())
     if missing: raise ValueError(f'{path} is not a certificate: columns {sorted(missing)} are missing')
@@ -881,7 +940,9 @@ def from_csv(cls: Certificate,
     constants |= _read_reach(f'{path}, line {lines[0]}', constants)
     certificate = cls(**points, **constants) # older files lack labels, classes and what _REACH names
     _check_rows(path, lines, certificate)
-    _check_labels(path, lines, rows, certificate)
+    if rewritten:
+        _check_digits(path, lines, certificate)
+    _check_labels(path, lines, rows, certificate, comma)
     return certificate
 
 def _read_reach(where, constants):

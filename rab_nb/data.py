@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from .inputs import image_hint, to_array
+from .inputs import check_extra, image_hint, to_array, to_labels
 from .noise import rng
 
 # %% ../nbs/10_data.ipynb #c3ce0fd4
@@ -141,7 +141,9 @@ def _encode(name: str, # how the message calls the labels
             classes: tuple # class names
            ) -> np.ndarray: # (n,) int64, not writable
     "Labels as positions in `classes`."
-    y, out = np.asarray(y), np.full(np.shape(y), -1, np.int64)
+    y = to_labels(y, name)
+    if y.ndim != 1: raise ValueError(f'{name} must hold one label a row, got shape {y.shape}')
+    out = np.full(len(y), -1, np.int64)
     for i, c in enumerate(classes):
         out[y == c] = i
     if (out < 0).any():
@@ -160,6 +162,19 @@ def _check_layout(x_train, x_test, shape): # as in `from_arrays`; shape of one i
         raise ValueError(f'x_train has inputs of shape {shape}' + image_hint(shape).replace('X', 'x_train'))
 
 # %% ../nbs/10_data.ipynb #75ff54fc
+def _sorted_classes(y_train, y_test): # labels of both parts -> list of their distinct values
+    parts = [to_labels(y_train, 'y_train'), to_labels(y_test, 'y_test')]
+    for name, y in zip(('y_train', 'y_test'), parts):
+        gone = [i for i, v in enumerate(y.ravel().tolist()) if v is None or v != v]
+        if gone:
+            raise ValueError(f'{name} has {len(gone)} missing labels, the first in row {gone[0]}: NaN and '
+                             'None are no classes; drop those rows or name a class for them')
+    try:
+        return np.unique(np.concatenate([np.unique(y) for y in parts])).tolist()
+    except TypeError:
+        kinds = sorted({type(v).__name__ for y in parts for v in y.ravel().tolist()})
+        raise ValueError(f'labels of several types have no order: {kinds}; pass classes=') from None
+
 def from_arrays(x_train, # (n, d) features or (n, c, h, w) images, real numbers
                 y_train, # (n,) labels of any kind
                 x_test, # rows like x_train's
@@ -171,7 +186,7 @@ def from_arrays(x_train, # (n, d) features or (n, c, h, w) images, real numbers
                ) -> Task:
     "A `Task` from arrays of your own, copied, checked and made read-only."
     if classes is None:
-        classes = np.unique(np.concatenate([np.unique(y_train), np.unique(y_test)])).tolist()
+        classes = _sorted_classes(y_train, y_test)
     classes = tuple(classes)
     arrays = (_floats('x_train', x_train), _encode('y_train', y_train, classes),
               _floats('x_test', x_test), _encode('y_test', y_test, classes))
@@ -309,11 +324,57 @@ def _pick(name: str, raw: dict, ids: dict, classes, source: str, sha256: str, co
         arrays += [convert(raw[f'x_{part}'][rows]), _encode('y', raw[f'y_{part}'][rows], labels)]
     return Task(name, *arrays, classes, source, sha256, **fields)
 
+# %% ../nbs/10_data.ipynb #8ff5d001
+_MNIST_DIGEST = '9d88bc3e8bc6fa055d6c1c572542dd14ef9cc094e08915f17c9bcc0dd6b2680f'
+
+def _bytes_of(x: np.ndarray # pixels 0 .. 255, or divided by 255
+             ) -> np.ndarray: # uint8
+    if x.dtype.kind != 'f': return x.astype(np.uint8)
+    return np.rint(x * 255. if x.max(initial=0) <= 1 else x).astype(np.uint8)
+
+def _as_mnist(arrays: dict # name -> array of an npz file
+             ) -> dict | None: # x_train, y_train, x_test, y_test as in mnist.npz; None: it is not MNIST
+    "Four arrays by their sizes, whatever they are called, if their pixels and labels are MNIST's."
+    raw = {}
+    for part, n in (('train', 60_000), ('test', 10_000)):
+        for k, size, shape in (('x', 784 * n, (n, 28, 28)), ('y', n, (n,))):
+            found = [a for a in arrays.values() if a.size == size and a.dtype.kind in 'biuf']
+            if len(found) != 1: return None
+            a = found[0].reshape(shape)
+            raw[f'{k}_{part}'] = _bytes_of(a) if k == 'x' else a.astype(np.uint8)
+    return raw if digest(*(raw[k] for k in _PARTS)) == _MNIST_DIGEST else None
+
+# %% ../nbs/10_data.ipynb #8ff5d004
+_PARTS = ('x_train', 'y_train', 'x_test', 'y_test')
+
+def _mnist_file(root # see `folders`; or an npz file
+               ) -> tuple | None: # arrays, path; None where no npz file holds MNIST
+    "MNIST from any npz file; ValueError for an mnist.npz that does not hold it."
+    for folder in folders(root):
+        files = [folder] if folder.is_file() else sorted(folder.glob('*.npz'))
+        for path in sorted(files, key=lambda p: p.name != 'mnist.npz'):
+            raw = _as_mnist(read_npz(path)) if _holds_60000(path) else None
+            if raw: return raw, path
+            if path.name == 'mnist.npz' or path == folder:
+                raise ValueError(f'{path} does not hold MNIST: wrong checksum: expected '
+                                 f'{SHA256["mnist.npz"]}, actual {_checksum(path)}, or the same pixels in '
+                                 'another packing; delete the file or fetch it again')
+    return None
+
+def _holds_60000(path) -> bool: # whether an npz file has the arrays of MNIST, by their headers
+    try:
+        with zipfile.ZipFile(path) as z:
+            heads = [_header(z.open(info)) for info in z.infolist()[:64]]
+    except Exception:
+        return False
+    return {60_000, 10_000} <= {shape[0] for _, shape, *_ in heads if shape}
+
 # %% ../nbs/10_data.ipynb #386c456a
 _torchvision = [] # keeps the declared operators alive
 
 def import_torchvision():
     "The torchvision module, also next to a CPU build of torch."
+    check_extra('vision', 'reading MNIST or CIFAR-10 in torchvision\'s way', 'torchvision')
     try:
         import torchvision
     except RuntimeError as e:
@@ -344,14 +405,13 @@ def _from_torchvision(cls: str, subfolder: str, root, download: bool) -> tuple:
     return raw, f'{cls} through torchvision'
 
 # %% ../nbs/10_data.ipynb #8ff5da14
-_MNIST_DIGEST = '9d88bc3e8bc6fa055d6c1c572542dd14ef9cc094e08915f17c9bcc0dd6b2680f'
-
 def _mnist(classes, root, download, random_state) -> Task:
     ids = {i: i for i in range(10)}
-    if path := _locate('mnist.npz', root=root):
-        return _pick('mnist', read_npz(path), ids, classes, f'MNIST, {path.name}', SHA256[path.name])
+    if found := _mnist_file(root):
+        raw, path = found
+        return _pick('mnist', raw, ids, classes, f'MNIST, {path.name}', SHA256['mnist.npz'])
     raw, source = _from_torchvision('MNIST', 'MNIST', root, download)
-    sha = digest(*(raw[k] for k in ('x_train', 'y_train', 'x_test', 'y_test')))
+    sha = digest(*(raw[k] for k in _PARTS))
     if sha != _MNIST_DIGEST:
         raise ValueError(f'MNIST through torchvision: wrong pixels: expected digest {_MNIST_DIGEST}, actual '
                          f'{sha}')
@@ -548,30 +608,58 @@ def read_image(path, # an image file
 
 # %% ../nbs/10_data.ipynb #59c02fd3
 _IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
+_LITTER = re.compile(r'[.@$~]|__|lost\+found$|System Volume Information$') # how such names start
 
 def _is_image(path: Path, folder: Path) -> bool: # what programs leave beside images is none
-    parts = path.relative_to(folder).parts
-    return path.suffix.lower() in _IMAGE_SUFFIXES and not any(p.startswith(('.', '__MACOSX')) for p in parts)
+    return (path.suffix.lower() in _IMAGE_SUFFIXES and not path.is_dir()
+            and not any(map(_LITTER.match, path.relative_to(folder).parts)))
 
-def _prefix(path: Path) -> str: # 'cat' of cat.0.jpg, cat_0.jpg and cat-0.jpg, '' of others
-    found = re.match(r'([A-Za-z]\w*?)[._-]', path.name)
-    return found[1] if found and path.stem != found[1] else ''
+def _prefix(path: Path) -> str: # 'cat' of cat.0.jpg, cat_0.jpg, cat-0.jpg, cat0.jpg and cat (0).jpg, else ''
+    found = (re.fullmatch(r'(.+?)([ ._-]+(\(\d+\)|\d+))+', path.stem)
+             or re.fullmatch(r'([^\W\d_][\w .-]*?[^\W\d])\d+', path.stem))
+    return found[1] if found else ''
+
+def _class_folders(folder: Path) -> list: # names of folders that may be classes
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not _LITTER.match(p.name))
+
+def _flat(folder: Path) -> list: # images that lie in a folder itself
+    return [p for p in sorted(folder.iterdir()) if _is_image(p, folder)]
 
 def _found_classes(folder: Path) -> tuple: # names of folders, or else prefixes of the names of images
-    folders = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX'))]
-    names = [_prefix(p) for p in folder.iterdir() if p.is_file() and _is_image(p, folder)]
-    return tuple(sorted(folders or filter(None, set(names))))
+    classes, images = _class_folders(folder), _flat(folder)
+    if any(_is_image(p, folder) for c in classes for p in (folder/c).rglob('*')) or not images:
+        return tuple(classes)
+    unclear = [p.name for p in images if not re.match(r'[^\W\d_]', _prefix(p))]
+    if unclear:
+        raise ValueError(f'{folder}: the class of {len(unclear)} of {len(images)} images does not follow '
+                         f'from their names, the first is {unclear[0]}: call them cat.0.jpg, dog.0.jpg ..., '
+                         'or put the images of each class into a folder of its own')
+    return tuple(sorted({_prefix(p) for p in images}))
 
+# %% ../nbs/10_data.ipynb #59c02fd5
 def _image_files(folder: Path, classes: tuple) -> tuple: # (paths, labels)
-    def of(c):
-        inside = (folder/str(c)).rglob('*') if (folder/str(c)).is_dir() else \
-            (p for p in folder.iterdir() if p.is_file() and _prefix(p) == str(c))
-        return [p for p in sorted(inside) if _is_image(p, folder)]
-    files = [of(c) for c in classes]
+    files = [[p for p in sorted((folder/str(c)).rglob('*')) if _is_image(p, folder)] for c in classes]
+    if not any(files):
+        files = [[p for p in _flat(folder) if _prefix(p) == str(c)] for c in classes]
     if empty := [c for c, f in zip(classes, files) if not f]:
         raise ValueError(f'{folder/str(empty[0])}: no images of class {empty[0]!r} (suffixes '
-                         f'{sorted(_IMAGE_SUFFIXES)}), neither in such a folder nor as files {empty[0]}.*')
+                         f'{sorted(_IMAGE_SUFFIXES)}), neither in such a folder nor as files {empty[0]}.*; '
+                         'add some, or name the classes that are meant: classes=(...)')
     return sum(files, []), np.repeat(np.arange(len(classes)), [len(f) for f in files])
+
+_TRAIN = re.compile(r'train(ing)?([ _-]?(set|data|images))?', re.I)
+_TEST = re.compile(r'(val(id|idation)?|dev|test(ing)?)([ _-]?(set|data|images))?', re.I)
+
+def _split_folders(folder: Path) -> tuple: # (training, test) folders where there are both, else (None, None)
+    names = _class_folders(folder)
+    train, test = ([n for n in names if kind.fullmatch(n)] for kind in (_TRAIN, _TEST))
+    if not train: return None, None
+    if len(train) > 1 or not test or {*names} - {*train, *test}:
+        raise ValueError(f'{folder} has the folders {names}: a training part needs a test part beside it '
+                         f'(train and val or test) and nothing else; to split it by chance, pass '
+                         f'{folder/train[0]}')
+    chosen = min(test, key=lambda n: (not n.lower().startswith('val'), n))
+    return folder/train[0], folder/chosen
 
 # %% ../nbs/10_data.ipynb #f01de001
 def _read_images(paths: list, size: int) -> np.ndarray: # (n, size, size, 3) uint8
@@ -591,57 +679,123 @@ def from_folder(folder, # a folder of images per class, or files cat.0.jpg ...; 
                 random_state: int = 0, # seed of the 80/20 split where there is no val/ or test/
                 name: str = 'own' # short name, for tables and file names
                ) -> Task:
-    "A `Task` from image files."
+    """A `Task` from image files.
+
+    ValueError where it is not clear which images belong to which class, and for files that are no images."""
     folder = Path(folder)
-    if not folder.is_dir(): raise ValueError(f'{folder}: no such folder of images')
-    train, test = folder/'train', next((folder/t for t in ('val', 'test') if (folder/t).is_dir()), None)
-    top = train if train.is_dir() and test else folder
-    classes = _found_classes(top) if classes is None else tuple(classes)
-    if not classes: raise ValueError(f'{top}: neither folders of images nor images called class.number')
-    if top is train:
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: no such folder of images' + (
+            '; it is a file: unpack it first' if folder.is_file() else ''))
+    if isinstance(size, bool) or size != int(size) or size < 1:
+        raise ValueError(f'size must be a whole number of pixels >= 1, got {size!r}')
+    train, test = (None, None) if classes and (folder/str(classes[0])).is_dir() else _split_folders(folder)
+    classes = _classes_of(train or folder, test) if classes is None else tuple(classes)
+    if train:
         parts = [_image_files(train, classes), _image_files(test, classes)]
     else:
-        paths, y = _image_files(folder, classes)
-        parts = [([paths[i] for i in rows], y[rows])
-                 for rows in stratified_split(y, random_state=random_state)]
+        parts = _split_files(folder, classes, random_state)
     arrays = [a for paths, y in parts
-              for a in (_as_images(_read_images(paths, size)), frozen(y.astype(np.int64)))]
+              for a in (_as_images(_read_images(paths, int(size))), frozen(y.astype(np.int64)))]
     return Task(name, *arrays, classes, f'{sum(len(y) for _, y in parts)} images resized to {size}x{size}',
                 digest(*arrays))
 
-# %% ../nbs/10_data.ipynb #da7a0002
-_FILES = ('.npz', '.csv', '.parquet') # what `from_file` reads
+# %% ../nbs/10_data.ipynb #35c08e51
+def _classes_of(top: Path, test) -> tuple: # folder of (training) images; folder of test images or None
+    found = _found_classes(top)
+    if not found: raise ValueError(f'{top}: neither folders of images nor images called class.number')
+    if len(found) == 1:
+        deeper = (top/found[0]).is_dir()
+        inner = f'; if the classes are one level deeper, pass {top/found[0]}' if deeper else ''
+        raise ValueError(f'{top}: images of one class only, {found[0]!r}, two or more are needed{inner}')
+    extra = sorted({*_found_classes(test)} - {*found}) if test else []
+    if extra: raise ValueError(f'{test} has the class {extra[0]!r}, {top} has {found}: pass classes=(...)')
+    return found
 
+def _split_files(folder, classes, random_state): # as in `from_folder` -> (paths, labels) of both parts
+    paths, y = _image_files(folder, classes)
+    few = [c for i, c in enumerate(classes) if (y == i).sum() < 3]
+    if few:
+        n = (y == classes.index(few[0])).sum()
+        raise ValueError(f'{folder}: {n} images of class {few[0]!r} are too few for a split into training '
+                         'and test images: add some, or make folders train and val')
+    return [([paths[i] for i in rows], y[rows]) for rows in stratified_split(y, random_state=random_state)]
+
+# %% ../nbs/10_data.ipynb #da7a0002
+_FILES = ('.npz', '.csv', '.tsv', '.parquet') # what `from_file` reads, in small or capital letters
+
+def _read_table(path: Path): # csv -> data frame
+    import pandas as pd
+    start = path.read_bytes()[:2]
+    encoding = 'utf-16' if start in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+    with path.open(encoding=encoding) as file:
+        first = file.readline()
+    separator = max(',;\t', key=first.count)
+    read = lambda **options: pd.read_csv(path, sep=separator, encoding=encoding, **options)
+    frame = read()
+    decimal = re.compile(r'\s*[-+]?\d+,\d+([eE][-+]?\d+)?\s*').fullmatch
+    commas = [c for c in frame if frame[c].dtype.kind not in 'biuf' and
+              any(isinstance(v, str) and decimal(v) for v in frame[c])]
+    return read(decimal=',') if commas and separator != ',' else frame
+
+def _table_arrays(path: Path, frame) -> dict: # x and y of a data frame
+    names = {str(c).strip().lower(): c for c in frame}
+    if 'label' not in names:
+        raise ValueError(f"{path}: no column 'label' with the classes; it has {list(frame)}")
+    label = frame[names['label']]
+    if label.isna().any():
+        raise ValueError(f'{path}: {label.isna().sum()} rows have no label, the first is row '
+                         f'{int(label.isna().argmax())}: drop them or name a class for them')
+    index = next((c for c in names if c.startswith('unnamed') and c != 'label'), None)
+    if index:
+        raise ValueError(f'{path}: column {names[index]!r} has no name, as the index of a data frame has; '
+                         'delete it, or write the file with index=False')
+    return dict(x=frame.drop(columns=names['label']), y=label.to_numpy())
+
+# %% ../nbs/10_data.ipynb #da7a0008
 def _file_arrays(path: Path) -> dict: # x and y, or x_train, y_train, x_test and y_test
-    if path.suffix == '.npz': return read_npz(path)
+    if path.suffix.lower() == '.npz':
+        raw = read_npz(path)
+        return _as_mnist(raw) or {k.lower(): a for k, a in raw.items()}
     import pandas as pd
     try:
-        frame = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
+        frame = pd.read_parquet(path) if path.suffix.lower() == '.parquet' else _read_table(path)
     except (OSError, ValueError, ImportError) as e:
         raise ValueError(f'{path}: not a usable table: {e}') from e
-    if 'label' not in frame: raise ValueError(f"{path}: no column 'label' with the classes; it has "
-                                              f"{list(frame)}")
-    return dict(x=frame.drop(columns='label').to_numpy(), y=frame['label'].to_numpy())
+    return {k: to_array(v, f'{path}: {k}') if k == 'x' else v for k, v in _table_arrays(path, frame).items()}
 
-def from_file(path, # .npz, .csv or .parquet
+# %% ../nbs/10_data.ipynb #da7a0006
+def _check_lengths(path, raw: dict): # arrays of a file
+    for x, y in (('x', 'y'), ('x_train', 'y_train'), ('x_test', 'y_test')):
+        if x in raw and y in raw and (raw[y].ndim != 1 or len(raw[x]) != len(raw[y])):
+            raise ValueError(f'{path}: {x} of shape {raw[x].shape} and {y} of shape {raw[y].shape} must have '
+                             'one input and one label a row')
+
+def _bytes_as_pixels(x): # images of bytes -> float32 (n, c, h, w) in [0, 1]; other arrays as they are
+    if x.dtype != np.uint8 or x.ndim not in (3, 4): return x
+    front = x.ndim == 4 and x.shape[1] in (1, 3, 4) and x.shape[3] not in (1, 3, 4)
+    return _as_images(np.moveaxis(x, 1, 3) if front else x)
+
+def from_file(path, # .npz, .csv, .tsv or .parquet
               classes=None, # class names, target class first and source class second; default: all, sorted
               random_state: int = 0 # seed of the 80/20 split where the file has none
              ) -> Task:
     """A `Task` from one file of your own; ValueError for a file without inputs or labels, and for unknown
     classes."""
     path = Path(path)
-    if path.suffix not in _FILES: raise ValueError(f'{path}: must end in one of {_FILES}')
+    if path.suffix.lower() not in _FILES: raise ValueError(f'{path}: must end in one of {_FILES}')
     raw = _file_arrays(path)
+    _check_lengths(path, raw)
     if {'x', 'y'} <= set(raw):
         raw = _parts(raw['x'], raw['y'], random_state)
-    if lost := {'x_train', 'y_train', 'x_test', 'y_test'} - set(raw):
-        raise ValueError(f'{path}: lacks {sorted(lost)}; it needs x and y, or x and y of train and test')
-    labels = np.unique(raw['y_train']).tolist()
-    classes, parts = _chosen(path.name, classes, labels), []
+    if lost := {*_PARTS} - set(raw):
+        raise ValueError(f'{path}: lacks {sorted(lost)}; it needs x and y, or x and y of train and test; '
+                         f'it has {sorted(raw)}')
+    classes, parts = _chosen(path.name, classes, _sorted_classes(raw['y_train'], raw['y_train'])), []
     for part in ('train', 'test'):
         rows = np.isin(raw[f'y_{part}'], classes)
-        parts += [raw[f'x_{part}'][rows], raw[f'y_{part}'][rows]]
-    pixels = parts[0].ndim == 4 and 0 <= parts[0].min() and max(parts[0].max(), parts[2].max()) <= 1
+        parts += [_bytes_as_pixels(raw[f'x_{part}'][rows]), raw[f'y_{part}'][rows]]
+    pixels = (parts[0].ndim == 4 and parts[0].size and parts[2].size and 0 <= parts[0].min()
+              and max(parts[0].max(), parts[2].max()) <= 1)
     return from_arrays(*parts, classes, path.stem, (0., 1.) if pixels else None, f'file {path.name}')
 
 # %% ../nbs/10_data.ipynb #224a0002
@@ -687,7 +841,7 @@ def names() -> list: # of str
     return list(DATASETS)
 
 # %% ../nbs/10_data.ipynb #2cbc8141
-def load(name: str, # one of `names()`, or the path of a file of your own, see `from_file`
+def load(name: str, # one of `names()`, or the path of a file (see `from_file`) or a folder of images
          classes=None, # class names, target class first and source class second; default: all
          root=None, # folder to look in before $RAB_DATA and data/
          download: bool = True, # fetch what is missing (MNIST, CIFAR-10, Spambase)
@@ -695,9 +849,12 @@ def load(name: str, # one of `names()`, or the path of a file of your own, see `
          size: int | None = None # pixels a side: 'imagenet', of the images read; 'digits', a multiple of 8
         ) -> Task:
     "A data set of the paper or a bundled stand-in."
-    if Path(name).suffix in _FILES and size is None: return from_file(name, classes, random_state)
     if name not in DATASETS:
-        raise ValueError(f'unknown data set {name!r}; known are {names()}, and from_arrays takes your own')
+        path = Path(name)
+        if path.is_dir(): return from_folder(path, classes, 224 if size is None else size, random_state)
+        if path.suffix.lower() in _FILES and size is None: return from_file(path, classes, random_state)
+        raise ValueError(f'unknown data set {name!r}; known are {names()}, files that end in one of '
+                         f'{_FILES}, and folders of images; from_arrays takes your own arrays')
     entry, how = DATASETS[name], (classes, root, download, random_state)
     if size is not None and entry.sized is None:
         sized = [k for k, e in DATASETS.items() if e.sized]

@@ -27,7 +27,7 @@ from .certificate import check_classes, rivals_upper, side_level
 from .pool import map_groups
 from .training import TrainSpec, answer_groups, check_network, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded
-from .inputs import check_labels, check_rows, record_features, to_array
+from .inputs import check_labels, check_rows, record_features, to_array, to_labels
 from .noise import GaussianNoise, rng, stream
 
 # %% ../nbs/25_defences.ipynb #25d00009
@@ -367,7 +367,7 @@ class _Answers(ClassifierMixin, BaseEstimator):
 # %% ../nbs/25_defences.ipynb #25d00039
 class _Voting(_Answers):
     "Fit models to the rows that `_share_out` gives them, and count their votes."
-    def fit(self, X, y): # (n, ...) inputs, (n,) labels
+    def fit(self, X, y=None): # (n, ...) inputs, (n,) labels
         "Train the models; ValueError for settings and data that cannot work."
         x = check_rows(self, X)
         self.classes_, y = check_labels(y, len(x), least=1)
@@ -592,7 +592,7 @@ class PlainKNNClassifier(_Answers):
                 ):
         self.n_neighbors = n_neighbors
 
-    def fit(self, X, y): # (n, ...) inputs, (n,) labels
+    def fit(self, X, y=None): # (n, ...) inputs, (n,) labels
         "Keep the training set."
         x = check_rows(self, X, np.float64)
         self.classes_, y = check_labels(y, len(x), least=1)
@@ -818,12 +818,12 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
         _whole(name, value, 1)
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
-    y = np.asarray(y)
+    y = to_labels(y)
     if (X_test is None) != (y_test is None): raise ValueError('X_test and y_test must be given together')
     if X_test is None:
         train, test = _split(len(x), at, .2, random_state, 'compare-test')
         x, y, at, X_test, y_test = x[train], y[train], at[train], x[test], y[test]
-    points, truth = check_rows(PlainKNNClassifier(), X_test), np.asarray(y_test)
+    points, truth = check_rows(PlainKNNClassifier(), X_test), to_labels(y_test, 'y_test')
     if not np.isin(truth, classes).all(): raise ValueError('y_test holds labels that y does not')
     rows, norms = _attack_grid(n_rows, norms, len(x), data_scale(x.reshape(len(x), -1), at))
     if candidates is None:

@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch.autograd.graph import get_gradient_edge
 
+from .inputs import check_extra
 from .noise import generator, global_stream
 from .stacked import (Stack, StackedBatchNorm, StackedConv2d, StackedGroupNorm, StackedLinear, Windows,
                             group_normalised, stacked_layer, state)
@@ -285,10 +286,8 @@ def _no_batch_norm(where, layer):
 
 # %% ../nbs/21_dp.ipynb #c5f2af1a
 def _needs_opacus(what):
-    try:
-        import opacus
-    except ImportError as e:
-        raise ImportError(f'{what} needs the package opacus: pip install opacus') from e
+    check_extra('dp', what, 'opacus')
+    import opacus
     return opacus
 
 def _row_major(layer, args): return tuple(a.contiguous() for a in args)

@@ -199,7 +199,7 @@ def _checked(self, X, y, eval_sets): # as in `fit` -> spec, inputs, class number
 
 # %% ../nbs/20_ensemble.ipynb #813e8792
 class _Fit(Voter, _Settings):
-    def fit(self, X, y, # (n, ...) inputs, (n,) labels
+    def fit(self, X, y=None, # (n, ...) inputs, (n,) labels
             eval_sets: dict = None # name -> inputs: also keep every model's outputs at these points
            ):
         """Train the models: Algorithm 1 up to its vote.

@@ -174,7 +174,7 @@ class SmoothedEnsembleClassifier(Voter, _Settings):
     cannot be seen from here, and no certificate covers it. Plain nearest centroids answer with votes, and
     their class means are drawn directly."""
     def fit(self, X, # (n, ...) inputs
-            y): # (n,) labels of any sortable type
+            y=None): # (n,) labels of any sortable type
         "Train what is missing of n_estimators models; ValueError for settings and data that cannot work."
         x = check_rows(self, X)
         self.classes_, y = check_labels(y, len(x))

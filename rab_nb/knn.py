@@ -38,7 +38,7 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
     def __init__(self, n_neighbors=1, sigma=1., n_levels=None, device=None, n_jobs=None, verbose=0):
         self.n_neighbors, self.sigma, self.n_levels = n_neighbors, sigma, n_levels
         self.device, self.n_jobs, self.verbose = device, n_jobs, verbose
-    def fit(self, X, y):
+    def fit(self, X, y=None):
         "Keep the training set: X (n, d) or (n, c, h, w), y (n,) labels."
         return prepare(self, X, y)
     def distances(self, X):

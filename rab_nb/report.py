@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .inputs import check_extra
 from .metrics import certified_accuracy, prediction_accuracy
 from .profiles import (ATTACKS, COPIED, N_NEIGHBORS, DATASET_NAMES, PAPER_N, ROOT, SHARED, STRENGTHS,
                              TableSpec, load_profile,
@@ -901,6 +902,7 @@ def make_table(number: int, # table, 1-9
                compute: bool = True # False: only what is finished
               ) -> Path: # the executed notebook, or the page of a table of which nothing was run
     "Compute a table's runs, then execute its notebook into results/<profile>/."
+    check_extra('tables', 'drawing a table', 'papermill', 'nbformat', 'nbdev', 'ipykernel')
     table, profile = spec(number), load_profile(name)
     if home_profile(number, name) != profile['profile']:
         return make_table(number, home_profile(number, name), compute)

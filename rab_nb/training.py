@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.adam import adam
 from tqdm.auto import tqdm
 
@@ -97,7 +98,8 @@ def _check_spec(s):
     if s.dp is not None and not hasattr(s.dp, 'gradient'):
         raise ValueError(f'dp must make gradients, as DPSGD(5.0, 4.0) does, got {s.dp!r}')
     if not callable(s.module):
-        raise ValueError(f'module must be an nn.Module or a function that makes one, got {s.module!r}')
+        raise ValueError(f'module must be an nn.Module or a function that makes one, got '
+                         f'{_short(s.module)}')
     _check_noise(s)
     for e in s.snapshots:
         check_whole('snapshots', e)
@@ -127,12 +129,38 @@ def initial_module(module, # nn.Module or a function without arguments
     "The network that model k starts from; ValueError if it is none, or has nothing to train."
     if not isinstance(module, nn.Module):
         with global_stream(random_state, 'start', k):
-            module = module()
+            module = _made(module)
     if not isinstance(module, nn.Module):
-        raise ValueError(f'the function given as module must return an nn.Module, got {module!r}')
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError('module has no trainable parameters')
+        raise ValueError('the function given as module must return an nn.Module, got '
+                         f'{_short(module)}')
+    _check_parameters(module)
     return module
+
+def _short(value): return repr(value)[:80] # for messages
+
+# %% ../nbs/internals/training.ipynb #fd31bc02
+def _made(function): # what the user's function returns
+    if not callable(function):
+        raise ValueError(f'module must be an nn.Module or a function that makes one, got {_short(function)}')
+    try:
+        return function()
+    except (TypeError, AttributeError, NameError) as e:
+        raise ValueError(f'module is called without arguments to make a network, which fails: {e}; pass a '
+                         'function of none, such as lambda: nn.Linear(4, 2)') from e
+
+def _check_parameters(module): # nn.Module
+    weights = list(module.parameters())
+    if any(isinstance(p, UninitializedParameter) for p in weights):
+        raise ValueError('module has lazy layers, whose parameters have no shape before the first input: '
+                         'call it once on some inputs, or give its layers their sizes')
+    if not any(p.requires_grad for p in weights): raise ValueError('module has no trainable parameters')
+    if any(p.is_meta for p in weights):
+        raise ValueError('module is on the meta device, where parameters have no values: pass a function '
+                         'that makes it')
+    odd = next((p.dtype for p in weights if p.requires_grad and p.dtype != torch.float32), None)
+    if odd:
+        raise ValueError(f"module has parameters of type {odd}, float32 is needed: pass module.float(), "
+                         "and precision='bf16' if it is to compute in bfloat16")
 
 def _starts_at(spec, k): return 0 if spec.start == 'shared' else k
 
@@ -941,21 +969,34 @@ def answer_groups(spec: TrainSpec, # resolved
 def save_groups(path, done: dict, about: dict # plain values to keep beside the models
                ) -> None:
     "Write trained groups to a safetensors file."
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
     groups = list(done.values())
     names = list(groups[0]['models'])
     text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=names))
     arrays = {k: np.concatenate([g['models'][k] for g in groups]) for k in names}
-    save_file(arrays, path, metadata=dict(rab_nb=text))
+    try:
+        save_file(arrays, path, metadata=dict(rab_nb=text))
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f'{path} cannot be written: {e}; the folder must exist and allow it') from e
 
 # %% ../nbs/internals/training.ipynb #4cd3f1fc
+def _read_groups(path): # as in `load_groups` -> about, parameter name -> (models, ...) array
+    from safetensors import SafetensorError, safe_open
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        raise ValueError(f'{path}: no such file; load takes what save has written')
+    try:
+        with safe_open(path, 'numpy') as f:
+            about = json.loads((f.metadata() or {})['rab_nb'])
+            return about, {k: f.get_tensor(k) for k in about['names']}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
+        raise ValueError(f'{path} holds no models that save has written ({e or type(e).__name__}): it was '
+                         'cut short, or another program made it') from e
+
 def load_groups(path, module: nn.Module # what `save_groups` wrote; the network that was trained
                ) -> tuple: # groups as from `train_groups`, about
-    "Read trained groups and check them."
-    from safetensors import safe_open
-    with safe_open(path, 'numpy') as f:
-        about = json.loads(f.metadata()['rab_nb'])
-        arrays = {k: f.get_tensor(k) for k in about['names']}
+    "Read trained groups and check them; ValueError for files that hold none."
+    about, arrays = _read_groups(path)
     expected = {k: tuple(v.shape) for k, v in [*module.named_parameters(), *module.named_buffers()]}
     found = {k: a.shape[1:] for k, a in arrays.items()}
     if found != expected:

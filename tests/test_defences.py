@@ -41,7 +41,6 @@ from rab_nb.noise import GaussianNoise
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 REFUSED = {
-    'check_dtype_object': 'arrays of objects are refused',
     'check_supervised_y_2d': 'a column of labels is refused',
 }
 parts = partial(PartitionClassifier, n_jobs=1)

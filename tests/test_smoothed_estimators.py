@@ -27,8 +27,7 @@ from rab_nb.training import TrainSpec, noisy_labels
 from rab_nb.estimators import SmoothedEnsembleClassifier, _class_means, seeded
 from rab_nb.noise import GaussianNoise, LaplaceNoise, UniformNoise
 
-REFUSED = {'check_dtype_object': 'arrays of objects are refused',
-           'check_supervised_y_2d': 'a column of labels is refused'}
+REFUSED = {'check_supervised_y_2d': 'a column of labels is refused'}
 pytestmark = pytest.mark.filterwarnings('ignore')
 X, Y = np.r_[np.random.default_rng(0).normal(-1, 1, (30, 3)),
              np.random.default_rng(1).normal(1, 1, (30, 3))], np.repeat([0, 1], 30)
