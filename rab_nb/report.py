@@ -40,7 +40,8 @@ def seeds_note(scores # frame of `with_means`
               ) -> str: # a sentence, '' where there is one seed
     "How far apart seeds are, for the foot of a table."
     mean = scores[scores.pair == 'mean']
-    by_cell = mean.groupby([*ROW_COLUMNS, *STATEMENT_COLUMNS], dropna=False).value.agg(['min', 'max', 'count'])
+    cells = mean.groupby([*ROW_COLUMNS, *STATEMENT_COLUMNS], dropna=False).value
+    by_cell = cells.agg(['min', 'max', 'count'])
     several = by_cell[by_cell['count'] > 1]
     if not len(several): return ''
     apart = several['max'] - several['min']
@@ -222,10 +223,12 @@ def verdict(scores, # frame of `beside_paper`
     if table.dataset not in set(scores.data):
         used = ', '.join(sorted(set(scores.data)))
         return f'Not compared: {used} stands in for {DATASET_NAMES[table.dataset]}.'
-    said = [f'{reading or "all:"} {closeness(gap)}' for reading, gap in _readings(scores, table).items()]
-    told = informative(scores)
+    told, readings = informative(scores), _readings(scores, table)
+    if len(told) == len(readings.get('', ())):
+        del readings['']
+    said = [f'{reading or "all:"} {closeness(gap)}' for reading, gap in readings.items()]
     first = [closeness(told, 'distinct, informative cells')] if len(told) else []
-    return '; '.join(first + said) + '.' if said else 'No row that the paper reports was run.'
+    return '; '.join(first + said) + '.' if first + said else 'No row that the paper reports was run.'
 
 # %% ../nbs/internals/report.ipynb #8b48f6bc
 EXTRA_COLUMNS = {'total norm, nominal': 'nominal_total_norm', 'actual': 'actual_total_norm',
