@@ -177,6 +177,26 @@ const kinds = 'article table, article pre, article img, article mjx-container';
 const wide = [...document.querySelectorAll(kinds)].filter(e => !fits(e) && !scrolls(e) && !inside(e));
 return [document.documentElement.scrollWidth - width, wide.map(e => e.outerHTML.slice(0, 80))];'''
 
+# of each table: columns that start beyond its window; whether its first column stays; numbers seen beside it
+TABLES = '''
+const scroller = e => {
+  for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return p;
+  return document.documentElement;
+};
+return [...document.querySelectorAll('article table')].map(table => {
+  const window_ = scroller(table), cells = [...table.rows].flatMap(row => [...row.cells]);
+  const edge = Math.min(window_.getBoundingClientRect().right, document.documentElement.clientWidth);
+  const beyond = cells.filter(c => c.getBoundingClientRect().left >= edge).length;
+  const number = c => /\\d[.]\\d/.test(c.textContent);
+  const seen = cells.filter(c => number(c) && c.getBoundingClientRect().right <= edge + 1).length;
+  const label = table.rows[table.rows.length - 1].cells[0], before = label.getBoundingClientRect().left;
+  window_.scrollLeft = 60;
+  const stays = window_.scrollLeft == 0 || Math.abs(label.getBoundingClientRect().left - before) < 5;
+  window_.scrollLeft = 0;
+  return [beyond, stays, seen, cells.filter(number).length, table.rows[0].innerText.slice(0, 60)];
+});'''
+
 
 @pytest.fixture(scope='module')
 def site():
@@ -278,6 +298,39 @@ def test_page(browser, site, kind, width):
     assert browser.execute_script("return document.querySelectorAll('mjx-merror, .problematic, "
                                   ".system-message').length") == 0
     assert browser.execute_script(OVERFLOW) == [0, []]
+
+
+def pages_with_tables(site):
+    "Landing page, results and experiments: where numbers are compared"
+    return [site / 'index.html', *sorted(site.glob('results/**/*.html')), *sorted(site.glob('experiments/*.html'))]
+
+
+@pytest.mark.slow
+def test_tables_fit_on_a_screen(browser, site):
+    for path in pages_with_tables(site):
+        visit(browser, path.as_uri())
+        wide = [found for found in browser.execute_script(TABLES) if found[0]]
+        assert not wide, f'{path.relative_to(site)}: columns start beyond the window of {wide}'
+
+
+@pytest.mark.slow
+def test_tables_show_labels_and_numbers_on_a_phone(browser, site):
+    for path in pages_with_tables(site):
+        visit(browser, path.as_uri(), 390)
+        bad = [found for found in browser.execute_script(TABLES)
+               if not found[1] or (found[3] and not found[2])]
+        assert not bad, f'{path.relative_to(site)}: no label that stays, or no number seen, in {bad}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['theory', 'theorems', 'ensemble', 'knn', 'certificate', 'tutorials/errata'])
+def test_formulas_and_code_fit_on_a_phone(browser, site, kind):
+    visit(browser, (site / f'{kind}.html').as_uri(), 390)
+    assert browser.execute_script(OVERFLOW) == [0, []]
+    covered = browser.execute_script('''
+        return [...document.querySelectorAll('div.cell.tag_export div.cell_input')].filter(e =>
+          getComputedStyle(e, '::after').position == 'absolute').length''')
+    assert covered == 0, 'the tag of a cell lies over its code'
 
 
 @pytest.mark.slow
