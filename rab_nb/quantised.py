@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .bins import CACHED_VALUES, FAR_GAP, bin_moments, count_far_above, gaps, group_by_window
-from .bins import integration_box, max_deviation, node_weights, over_bins
+from .bins import CACHED_VALUES, FAR_GAP, count_far_above, gaps, group_by_window, integration_box
+from .bins import max_deviation, over_bins, weights_at_nodes
 from .chi import cardinal_coefficients, columns, lattice, softplus, stencil
 
 # %% ../nbs/internals/quantised.ipynb #1bbefd4a
@@ -24,12 +24,8 @@ def edge_hazard(l, n_levels: int):
 # %% ../nbs/internals/quantised.ipynb #441f179c
 def cumulative_hazard(s, d: int, grid: tuple) -> np.ndarray: # (b, n) -> (b, J)
     "-log P(no point below u) at the nodes of a lattice."
-    one_class, first, n_bins = (
-        torch.zeros(s.shape[1], dtype=torch.int64, device=s.device),
-        8 * grid[2],
-        8 * (grid[3] - grid[2]),
-    )
-    w = node_weights(bin_moments(s, one_class, 1, first, n_bins, 8))[:, 0]
+    one_class, n_bins = s[0].new_zeros(len(s[0]), dtype=torch.int64), 8 * (grid[3] - grid[2])
+    w = weights_at_nodes(s, one_class, 1, 8*grid[2], n_bins, 8, 4)[0][:, 0]
     return -over_bins(w, d, grid, 8, 0)
 
 # %% ../nbs/internals/quantised.ipynb #43835cc5
