@@ -19,10 +19,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .bins import BIN, CELLS, FARTHEST_DISTANCE, FAR_GAP, SMALLEST_LOG_P
+from .bins import BIN, CACHED_VALUES, CELLS, CUDA_VALUES, FARTHEST_DISTANCE, FAR_GAP, SMALLEST_LOG_P
 from .bins import concentration_bound, count_below, count_far_above, gaps, group_by_window, highest_peaks
-from .bins import integration_box, log_sum, max_deviation, max_relevant_distance, nearest, over_bins
-from .bins import row_groups, too_far, trapezoid, unsettled, values_at_a_time, weights_at_nodes
+from .bins import integration_box, log_sum, max_deviation, max_relevant_distance, nearest, on_host
+from .bins import over_bins, row_groups, too_far, trapezoid, unsettled, weights_at_nodes
 from .certificate import check_classes, exact_certificate
 from .chi import columns, rule
 from .inputs import check_device, check_labels, check_rows, device_name, record_features, warn_scale
@@ -352,12 +352,12 @@ def noiseless_distances(x, shift, sigma, norms, t):
     """Distances in units of sigma, (b, n), by matrix products; a ValueError where the rows that are read are
     not those whose norms are known."""
     # numpy asks the system for large pages, which are ten times faster to get
-    out = shared(np.empty((len(t), len(x)))) if t.device.type == 'cpu' else t.new_empty(len(t), len(x))
+    out = shared(np.empty((len(t), len(x)))) if on_host(t) else t.new_empty(len(t), len(x))
     blocks, t_norms = feature_blocks(t.shape[1]), squares(t)[:, None]
     for span, piece in pieces(x, shift, sigma):
         if shift is not None:
             check_norms(piece, norms[span])
-        for k in range(0, len(piece), most := max(512, 2*values_at_a_time(t) // len(t))):
+        for k in range(0, len(piece), most := max(512, 2*(CACHED_VALUES if on_host(t) else CUDA_VALUES) // len(t))):
             some, to = piece[k:k + most], slice(span.start + k, span.start + k + most)
             part = out[:, to.start:to.start + len(some)]
             torch.addmm(norms[to][:len(some)], t[:, blocks[0]], some[:, blocks[0]].T, alpha=-2, out=part)

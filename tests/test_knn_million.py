@@ -272,3 +272,42 @@ def test_a_gpu_that_is_not_there(device, monkeypatch):
     with pytest.raises(ValueError, match='sees no CUDA device here'): SmoothedKNNClassifier(device=device).fit(x, y)
     assert SmoothedKNNClassifier(device='auto').fit(x, y)._centre.device.type == 'cpu'
     with pytest.raises(ValueError, match='device must be'): SmoothedKNNClassifier(device='tpu').fit(x, y)
+
+
+@pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=3), dict(n_neighbors=40), dict(n_levels=20)])
+@pytest.mark.parametrize('n', [300, 12_000])
+def test_the_route_of_a_gpu_on_the_memory_of_the_host(parameters, n, monkeypatch, tmp_path):
+    "No operation of numpy on tensors, and pieces of a GPU's size: all that differs but the device itself."
+    x, y, t = data(n)
+    expected = SmoothedKNNClassifier(**parameters).fit(x, y).log_proba(t)
+    monkeypatch.setattr(bins, 'HOSTS', ())
+    for rows in (x, mapped(tmp_path, x)):
+        model = SmoothedKNNClassifier(**parameters).fit(rows, y)
+        same(model.log_proba(t), expected)
+        same(model.log_proba(t, model.distances(t)), expected)
+
+
+def test_tf32_and_lower_precision_do_not_matter():
+    x, y, t = data()
+    expected = SmoothedKNNClassifier().fit(x, y).log_proba(t)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        np.testing.assert_array_equal(SmoothedKNNClassifier().fit(x, y).log_proba(t)[0], expected[0])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize('order', ['in turns', 'by chance', 'sorted'])
+def test_quantised_increments_by_cells(order, monkeypatch):
+    "Cubics of cells against the panels' polynomials, with the classes in several orders, on which ties depend."
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(6000, 9)), np.arange(6000) % 2
+    if order != 'in turns': y = rng.permutation(y)
+    if order == 'sorted': y = np.sort(y)
+    t = rng.normal(size=(3, 9))
+    found = []
+    for many in (.01, 1e9):
+        monkeypatch.setattr(quantised, 'MANY_ROWS', many)
+        found.append(SmoothedKNNClassifier(n_levels=200).fit(x, y).log_proba(t))
+    same(*found)
