@@ -10,6 +10,7 @@ import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,28 +19,39 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .bins import BIN, CACHED_VALUES, FARTHEST_DISTANCE, FAR_GAP, SMALLEST_LOG_P, bin_moments
-from .bins import concentration_bound, gaps, group_by_window, integration_box, max_relevant_distance
-from .bins import count_far_above, highest_peaks, log_sum, max_deviation, nearest, node_weights
-from .bins import over_bins, too_far, trapezoid, unsettled
+from .bins import BIN, CACHED_VALUES, CELLS, CUDA_VALUES, FARTHEST_DISTANCE, FAR_GAP, SMALLEST_LOG_P
+from .bins import concentration_bound, count_below, count_far_above, gaps, group_by_window, highest_peaks
+from .bins import integration_box, log_sum, max_deviation, max_relevant_distance, nearest, on_host
+from .bins import over_bins, row_groups, too_far, trapezoid, unsettled, weights_at_nodes
 from .certificate import check_classes, exact_certificate
 from .chi import columns, rule
 from .inputs import check_device, check_labels, check_rows, device_name, record_features, warn_scale
 from .noise import GaussianNoise
 from .quantised import quantised
-from .votes import VOTE_LEVELS, knn_integral, nearest_points
+from .rows import ArrayRows, ChunkRows, training_rows
+from .votes import VOTE_LEVELS, knn_integral, nearest_columns
 
 # %% ../nbs/22_knn.ipynb #3383432e
 class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
     """Nearest-neighbour classifier smoothed by Gaussian noise on the training set, exactly (Section 6.3).
 
     n_neighbors up to MOST_NEIGHBORS = 255; of tied classes the one that comes first in `classes_` wins.
-    ValueError for parameters out of range, and where probabilities do not add up to 1."""
-    def __init__(self, n_neighbors=1, sigma=1., n_levels=None, device=None, n_jobs=None, verbose=0):
+    `max_memory` is the number of bytes for everything but the caller's own arrays (None: 2 GiB, or what 16
+    test points at a time need); `device` 'cpu' (None), 'cuda', 'cuda:1' ... or 'auto'. Results do not depend
+    on n_jobs. ValueError for parameters out of range, too little memory, and where probabilities do not add
+    up to 1."""
+    def __init__(
+        self, n_neighbors=1, sigma=1., n_levels=None, device=None, n_jobs=None, verbose=0, max_memory=None
+    ):
         self.n_neighbors, self.sigma, self.n_levels = n_neighbors, sigma, n_levels
-        self.device, self.n_jobs, self.verbose = device, n_jobs, verbose
+        self.device, self.n_jobs, self.verbose, self.max_memory = device, n_jobs, verbose, max_memory
     def fit(self, X, y=None):
-        "Keep the training set: X (n, d) or (n, c, h, w), y (n,) labels."
+        """Keep the training set: X (n, d) or (n, c, h, w) and y (n,) labels, or X a function that returns an
+        iterator of chunks (X, y), and no y.
+
+        An `np.memmap` and chunks are never held in memory as a whole; they are read again whenever points are
+        certified. ValueError for bad rows and labels, named by their place, for chunks of several shapes or
+        that can be read once only, and, when points are certified, for training sets that have changed."""
         return prepare(self, X, y)
     def distances(self, X):
         """Distances (n_points, n_train) before noise, for classifiers fitted to the same inputs with another
@@ -72,7 +84,8 @@ def far_behind(s, y, n_classes: int, d: int, window: tuple # as in `one_nn_integ
     "Classes whose nearest point lies far above the lower end of the window."
     u_low = rule(window[0], window[0], window[4])[0][0]
     if math.sqrt(d + window[3]**2) < u_low + LOG_RATES_FROM: return np.zeros((len(s), n_classes), bool)
-    return np.sqrt(d + nearest(s, y, n_classes)**2) > u_low + LOG_RATES_FROM
+    near = np.concatenate([nearest(part, y, n_classes) for _, part in row_groups(s)])
+    return np.sqrt(d + near**2) > u_low + LOG_RATES_FROM
 
 def log_sums(x, cell, n_cells: int # (m, J), (m,) increasing
             ) -> np.ndarray: # (n_cells, J)
@@ -87,9 +100,9 @@ def log_rates(s, y, far, d: int, window: tuple # (b, n), (n,), (b, C) bool; as i
              ) -> np.ndarray: # (far classes of all points, J)
     "Log of the sum of hazards of every far class, point by point."
     n_classes, rows = far.shape[1], np.flatnonzero(far.any(1))
-    part = s[torch.as_tensor(rows, device=s.device)]
+    part = torch.stack([s[j] for j in rows])
     last = np.sqrt((np.sqrt(d + nearest(part, y, n_classes)**2) + LOG_RATES_DEPTH)**2 - d) * far[rows]
-    row, point = (part < torch.as_tensor(last, device=s.device)[:, y]).nonzero(as_tuple=True)
+    row, point = (part < torch.as_tensor(last, device=part.device)[:, y]).nonzero(as_tuple=True)
     cell = (row*n_classes + y[point]).cpu().numpy()
     order = np.argsort(cell, kind='stable')
     at = part[row, point].cpu().numpy()[order]
@@ -97,11 +110,30 @@ def log_rates(s, y, far, d: int, window: tuple # (b, n), (n,), (b, C) bool; as i
     return log_sums(log_h, cell[order], part.shape[0]*n_classes)[far[rows].ravel()]
 
 # %% ../nbs/22_knn.ipynb #926da134
-def one_nn_integrand(s, y, n_classes: int, d: int, window: tuple, p: int # as in `bin_moments`, `window`
+def powers_in_cells(p: int) -> int: # moments of a bin
+    "Powers of the cells of a bin, where there are so many points that cells pay."
+    return 4 if p <= 8 else 5
+
+def weights_once(s, y, n_classes: int, s_low: int, s_high: int, p: int, known: dict
+                 # as in `bin_moments`, `window`; what was found before
+                ) -> np.ndarray: # (b, C, n_bins * p)
+    "Weights at the nodes of bins, which do not depend on the step of the rule in u."
+    keys = [(row.data_ptr(), s_low, s_high, p) for row in s]
+    new = [j for j, key in enumerate(keys) if key not in known]
+    if new:
+        part = s if len(new) == len(s) else [s[j] for j in new]
+        found = weights_at_nodes(
+            part, y, n_classes, round(s_low/BIN), round((s_high - s_low)/BIN), p, powers_in_cells(p)
+        )[0]
+        known.update((keys[j], w) for j, w in zip(new, found))
+    return np.stack([known[key] for key in keys])
+
+def one_nn_integrand(s, y, n_classes: int, d: int, window: tuple, p: int, known: dict = None
+                     # as in `bin_moments`, `window`, `weights_once`
                     ) -> np.ndarray: # (b, C, J) logarithms, weights of the rule included
     "Log of (sum of hazards of a class) * (probability that no point is nearer), at the nodes of a lattice."
     low, high, s_low, s_high, step = window
-    w = node_weights(bin_moments(s, y, n_classes, round(s_low/BIN), round((s_high - s_low)/BIN), p))
+    w = weights_once(s, y, n_classes, s_low, s_high, p, {} if known is None else known)
     total = over_bins(w.sum(1), d, window, p, 0) + np.log(rule(low, high, step)[1])
     rates = over_bins(w.reshape(-1, w.shape[2]), d, window, p, 1).reshape(*w.shape[:2], -1)
     with np.errstate(divide='ignore'):
@@ -117,23 +149,24 @@ def one_nn_of_few(s, y, n_classes: int, d: int, window: tuple # as in `one_nn_in
     "The integrand of the 1-NN from tables at the points within the window's reach."
     low, high, _, end, step = window
     u, weight = rule(low, high, step)
-    row, point = (s < end).nonzero(as_tuple=True)
-    cell = (row*n_classes + y[point]).cpu().numpy() # of a test point and a class
+    points = [(row < end).nonzero()[:, 0] for row in s]
+    cell = torch.cat([j*n_classes + y[some] for j, some in enumerate(points)]).cpu().numpy() # point and class
     order = np.argsort(cell, kind='stable')
-    at, cell = s[row, point].cpu().numpy()[order], cell[order]
+    at = torch.cat([row[some] for row, some in zip(s, points)]).cpu().numpy()[order]
+    cell = cell[order]
     log_s, log_h = columns(at, d, low, high, step, count_far_above(at, cell, u[0], d), slice(2))
     total = np.add.reduceat(log_s, np.searchsorted(cell, n_classes*np.arange(len(s)))) + np.log(weight)
     return log_sums(log_h, cell, len(s)*n_classes).reshape(len(s), n_classes, -1) + total[:, None]
 
 # %% ../nbs/22_knn.ipynb #84d7a1b6
-def one_nn(s, y, n_classes: int, d: int, window: tuple, p: int # as in `one_nn_integrand`
+def one_nn(s, y, n_classes: int, d: int, window: tuple, p: int, known=None # as in `one_nn_integrand`
           ) -> tuple: # (b, C, J) log integrand; (b, C) number of moments, 0 where none were needed
     "The integrand of the 1-NN by the cheaper of two ways."
     some = s[::-(-len(s)//8)]
-    if int((some < window[3]).sum())*len(s)/len(some) <= (window[3] - window[2])*(len(s) + 4):
+    if count_below(some, window[3])*len(s)/len(some) <= (window[3] - window[2])*(len(s) + 4):
         return one_nn_of_few(s, y, n_classes, d, window), np.zeros((len(s), n_classes), int)
     moments = np.where(far_behind(s, y, n_classes, d, window), 0, p)
-    return one_nn_integrand(s, y, n_classes, d, window, p), moments
+    return one_nn_integrand(s, y, n_classes, d, window, p, known), moments
 
 # %% ../nbs/22_knn.ipynb #71a99057
 def slope(s, u, d: int) -> np.ndarray:
@@ -142,15 +175,15 @@ def slope(s, u, d: int) -> np.ndarray:
     return s * np.abs(1 - u*u/(d/2 + np.sqrt(d*d/4 + (u*s)**2)))
 
 # %% ../nbs/22_knn.ipynb #19f4b7c0
-def bin_error(near, u, log_p, d: int, p
+def bin_error(near, u, log_p, d: int, p, width: float = BIN
               # (b, C) nearest points, peaks, log probabilities; features; moments of a bin, 0: no bins
              ) -> np.ndarray: # (b, C)
-    "Estimated relative error of the interpolation between p nodes of every bin."
-    steep = (slope(near + 2, u, d) + 4) * BIN/2
+    "Estimated relative error of the interpolation between p nodes of every bin, or cell, of a width."
+    steep = (slope(near + 2, u, d) + 4) * width/2
     exponential = np.exp(p*np.log(steep) - gammaln(p + 1) - (p - 1)*math.log(2))
-    z = -1 + 2j*math.sqrt(d/2 * (d/2 + 4))/(u*BIN)
+    z = -1 + 2j*math.sqrt(d/2 * (d/2 + 4))/(u*width)
     radius = np.maximum(np.abs(z + np.sqrt(z*z - 1)), np.abs(z - np.sqrt(z*z - 1)))
-    pole = 2*np.abs(log_p)*BIN/u * radius**-p * (near < 2*BIN)
+    pole = 2*np.abs(log_p)*width/u * radius**-p * (near < 2*BIN)
     return np.where(np.greater(p, 0), exponential + pole, 0)
 
 # %% ../nbs/22_knn.ipynb #0f926b90
@@ -162,11 +195,13 @@ def integrate(log_f, u, near, d: int, p
     with np.errstate(invalid='ignore'):
         ends = 16*np.exp(np.minimum(np.maximum(log_f[..., 0], log_f[..., -1]) - log_p, 0))
     tables = 3e-10 + (1e-12 + d*1e-15)*np.abs(np.maximum(log_p, -1e4))
-    bins = bin_error(near, u[log_f.argmax(-1)], np.maximum(log_p, -1e4), d, p)
+    peak, depth = u[log_f.argmax(-1)], np.maximum(log_p, -1e4)
+    bins = bin_error(near, peak, depth, d, p)
+    bins += bin_error(near, peak, depth, d, np.where(np.greater(p, 0), powers_in_cells(np.max(p)), 0), BIN/CELLS)
     return log_p, np.where(np.isfinite(log_p), change + ends + bins + tables, 0)
 
 # %% ../nbs/22_knn.ipynb #1a10d2fc
-LEVELS = (1/16, 8), (1/32, 14), (1/64, 14), (1/128, 14)
+LEVELS = (1/16, 8), (1/32, 8), (1/64, 14), (1/128, 14)
 
 # %% ../nbs/22_knn.ipynb #2173665f
 def shrink(log_f, u) -> tuple: # lowest and highest u, each (b,)
@@ -200,11 +235,11 @@ def can_win(counts, k: int # (C,) points of every class, neighbours that vote
     )
 
 # %% ../nbs/22_knn.ipynb #2328aeb5
-def one_nn_integral(s, y, n_classes: int, d: int, near, grid: tuple, p: int
+def one_nn_integral(s, y, n_classes: int, d: int, near, grid: tuple, p: int, known=None
                     # as in `one_nn_integrand`, `integrate`
                    ) -> tuple: # (b, C) log probabilities and relative errors, (b,) lowest and highest u
     "The 1-nearest-neighbour sums on a lattice."
-    log_f, moments = one_nn(s, y, n_classes, d, grid, p)
+    log_f, moments = one_nn(s, y, n_classes, d, grid, p, known)
     u = rule(*grid[:2], grid[4])[0]
     return *integrate(log_f, u, near, d, moments), *shrink(log_f, u)
 
@@ -229,7 +264,7 @@ def probabilities_of_classes(s, tops, k: int, d: int,
         raise ValueError(too_far(k, s_high[rows].max()))
     for step, detail in levels:
         for grid, j in group_by_window(u_low, u_high, s_low, s_high, rows, step).items():
-            part = s if len(j) == len(s) else s[j]
+            part = s if len(j) == len(s) else [s[i] for i in j]
             found, spread, u_low[j], u_high[j] = integral(part, nearby[j], grid, detail)
             log_p[j] = np.where(far[j], log_p[j], np.maximum(found, least))
             error[j] = np.where(far[j] | (found < least), 0, spread)
@@ -238,19 +273,73 @@ def probabilities_of_classes(s, tops, k: int, d: int,
         before[rows] = worst[rows]
     return log_p, error
 
-# %% ../nbs/22_knn.ipynb #182fa6bd
-KEEP_BYTES = 2**28 # bytes up to which a centred copy of the training set is kept in float64
-PIECE_BYTES = 2**26 # bytes of the training set converted to float64 at a time
+# %% ../nbs/22_knn.ipynb #5a7dd642
+def shared(x):
+    "A tensor on the memory of an array, which is never written to, so that read-only arrays need no copy."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        return torch.from_numpy(x)
 
-def pieces(x, shift, sigma, dtype=torch.float64):
-    # (n, d) tensor, (d,) its centre, noise; or a kept copy with shift None
-    """The training set in float64, centred and in units of sigma, a piece at a time: (rows, values until the
-    next piece)."""
-    size = max(1, min(len(x), PIECE_BYTES // (8*x.shape[1])))
-    room = None if shift is None else torch.empty(size, x.shape[1], dtype=dtype, device=shift.device)
-    for k in range(0, len(x), size):
-        rows = slice(k, min(k + size, len(x)))
-        yield rows, x[rows] if shift is None else room[:rows.stop - k].copy_(x[rows]).sub_(shift).div_(sigma)
+# %% ../nbs/22_knn.ipynb #182fa6bd
+KEEP_BYTES = 2**30 # bytes up to which a centred copy of the training set is kept in float64
+PIECE_BYTES = 2**22 # bytes of the training set converted to float64 at a time
+MOST_SORTED = 16 # classes up to which distances are in their order
+
+@dataclass(frozen=True)
+class Arranged:
+    "A training set that stays where it is, and the order in which its distances are wanted."
+    rows: object # ArrayRows, ChunkRows
+    labels: np.ndarray # (n,) class numbers of the rows; None: distances come in the order of the rows
+    starts: np.ndarray # (C,) where the distances of every class begin
+    size: int # rows at a time
+
+    def __len__(self): return self.rows.n
+
+    def __iter__(self): # pairs of a slice of the distances and their (m, d) rows
+        begin = None if self.labels is None else self.starts.copy()
+        for first, block in self.rows.blocks(self.size):
+            if begin is None:
+                yield slice(first, first + len(block)), block
+                continue
+            labels = self.labels[first:first + len(block)]
+            block, counts = block[labels.argsort(kind='stable')], np.bincount(labels, minlength=len(begin))
+            ends = counts.cumsum()
+            for c in np.flatnonzero(counts).tolist():
+                yield slice(int(begin[c]), int(begin[c] + counts[c])), block[ends[c] - counts[c]:ends[c]]
+            begin += counts
+
+def arranged(rows, number, n_classes: int, size: int = None # (n,) class numbers, or None
+            ) -> Arranged:
+    "A training set in the order of its classes, if it has few."
+    size = max(1, PIECE_BYTES // (8*math.prod(rows.shape))) if size is None else size
+    if number is None or n_classes > MOST_SORTED: return Arranged(rows, None, None, size)
+    counts = np.bincount(number, minlength=n_classes)
+    return Arranged(rows, number.astype(np.int8), counts.cumsum() - counts, size)
+
+def pieces(x, shift, sigma):
+    # `Arranged`, or an (n, d) tensor; (d,) its centre, noise; or a kept copy with shift None
+    """The training set in float64, centred and in units of sigma, a piece at a time: (columns of its
+    distances, values until the next piece)."""
+    size = max(1, min(len(x), PIECE_BYTES // (8*x.shape[1]))) if torch.is_tensor(x) else 0
+    parts = ((slice(k, k + size), x[k:k + size]) for k in range(0, len(x), size)) if size else x
+    room = None
+    for span, part in parts:
+        if shift is None:
+            yield span, part
+            continue
+        if room is None or len(room) < len(part):
+            room = shift.new_empty(len(part), len(shift), dtype=torch.float64)
+        yield span, room[:len(part)].copy_(as_tensor(part)).sub_(shift).div_(sigma)
+
+def as_tensor(x): # array or tensor -> tensor
+    "Numbers of any kind, also those that torch has no name for."
+    if torch.is_tensor(x): return x
+    plain = x.dtype.isnative and x.dtype.char in 'efdbB?hil'
+    return shared(np.ascontiguousarray(x if plain else x.astype(np.float64)))
+
+def on_device(x, device): # array or tensor -> a copy in float64
+    "Numbers where they are needed."
+    return as_tensor(x).to(device, torch.float64, copy=True)
 
 # %% ../nbs/22_knn.ipynb #64649242
 def feature_blocks(d: int) -> list: # slices
@@ -260,29 +349,35 @@ def feature_blocks(d: int) -> list: # slices
 
 def noiseless_distances(x, shift, sigma, norms, t):
     # as in `pieces`; (n,) squared norms; (b, d) test points, centred and scaled
-    "Distances in units of sigma, (b, n), by matrix products."
-    out, blocks = t.new_empty(len(t), len(x)), feature_blocks(t.shape[1])
-    for rows, piece in pieces(x, shift, sigma):
-        torch.addmm(norms[rows], t[:, blocks[0]], piece[:, blocks[0]].T, alpha=-2, out=out[:, rows])
-        for j in blocks[1:]:
-            out[:, rows].addmm_(t[:, j], piece[:, j].T, alpha=-2)
-    t_norms = squares(t)[:, None]
-    for part, norm in zip(
-        out.split(max(1, CACHED_VALUES // len(x))), t_norms.split(max(1, CACHED_VALUES // len(x)))
-    ):
-        part.add_(norm).clamp_(min=0).sqrt_()
+    """Distances in units of sigma, (b, n), by matrix products; a ValueError where the rows that are read are
+    not those whose norms are known."""
+    # numpy asks the system for large pages, which are ten times faster to get
+    out = shared(np.empty((len(t), len(x)))) if on_host(t) else t.new_empty(len(t), len(x))
+    blocks, t_norms = feature_blocks(t.shape[1]), squares(t)[:, None]
+    for span, piece in pieces(x, shift, sigma):
+        if shift is not None:
+            check_norms(piece, norms[span])
+        for k in range(0, len(piece), most := max(512, 2*(CACHED_VALUES if on_host(t) else CUDA_VALUES) // len(t))):
+            some, to = piece[k:k + most], slice(span.start + k, span.start + k + most)
+            part = out[:, to.start:to.start + len(some)]
+            torch.addmm(norms[to][:len(some)], t[:, blocks[0]], some[:, blocks[0]].T, alpha=-2, out=part)
+            for j in blocks[1:]:
+                part.addmm_(t[:, j], some[:, j].T, alpha=-2)
+            part.add_(t_norms).clamp_(min=0).sqrt_()
     return out
 
 def squares(x): # (n, d) torch -> (n,)
     "Squared norms of rows."
     return sum(x[:, j].square().sum(1) for j in feature_blocks(x.shape[1]))
 
-# %% ../nbs/22_knn.ipynb #5a7dd642
-def shared(x):
-    "A tensor on the memory of an array, which is never written to, so that read-only arrays need no copy."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
-        return torch.from_numpy(x)
+def check_norms(piece, norms): # (m, d) rows as they are now, (m,) squared norms that `fit` found
+    "A ValueError where rows have changed since `fit`."
+    changed = ~((torch.linalg.vector_norm(piece, dim=1).square() - norms).abs() <= 1e-9*norms)
+    if changed.any():
+        k = int(changed.nonzero()[0, 0])
+        raise ValueError('the training set has changed since fit: a row whose squared norm was '
+                         f'{float(norms[k]):.6g} sigma^2 has one of {float(squares(piece[k:k + 1])):.6g}; '
+                         'fit again')
 
 # %% ../nbs/22_knn.ipynb #edf410d5
 def culprit(name: str, row: int, values, centre, sigma) -> str: # (d,) features and centre
@@ -292,21 +387,38 @@ def culprit(name: str, row: int, values, centre, sigma) -> str: # (d,) features 
     return (f'feature {j} of row {row} of {name} is {values[j]:.6g}, where {centre[j]:.6g} is usual: '
             f'impute or drop such values, rescale the feature, or use a larger sigma than {sigma:g}')
 
-def centred(x, sigma: float, device) -> tuple:
-    # (n, d) checked features -> training set, shift, centre, squared norms
+def centre_of(rows) -> np.ndarray: # ArrayRows or ChunkRows -> (d,)
+    "The median of at most 200 rows, of the first chunk where there are chunks."
+    if isinstance(rows, ChunkRows):
+        block = next(rows.blocks(rows.starts[1]))[1]
+        some = block[::-(-len(block)//200)]
+    else:
+        some = np.concatenate([block for _, block in rows.take(np.arange(0, rows.n, -(-rows.n//200)), 200)])
+    return np.quantile(some.astype(np.float64), .5, axis=0, method='lower')
+
+def centred(x, sigma: float, device, number=None, keep: int = None, size: int = None) -> tuple:
+    # (n, d) checked features or `rows`; noise; (n,) class numbers; bytes, rows at a time
+    # -> training set, shift, centre, squared norms
     "Training set as `pieces` takes it: a small one as a scaled copy (shift None), a large one as it is."
-    typical = np.quantile(x[::-(-len(x)//200)], .5, axis=0, method='lower').astype(np.float64)
-    centre, rows = torch.as_tensor(typical, device=device), shared(x)
-    shift = centre
-    if 8*x.size <= KEEP_BYTES:
-        rows, shift = rows.to(device, torch.float64).sub(centre).div_(sigma), None
-    norms = torch.cat([squares(piece) for _, piece in pieces(rows, shift, sigma)])
+    rows = x if isinstance(x, (ArrayRows, ChunkRows)) else ArrayRows(x)
+    typical = centre_of(rows)
+    centre = shift = torch.as_tensor(typical, device=device)
+    kept = arranged(rows, number, 0 if number is None else int(number.max()) + 1, size)
+    norms, copy = centre.new_empty(rows.n), None
+    if 8*rows.n*len(centre) <= (KEEP_BYTES if keep is None else keep):
+        copy = centre.new_empty(rows.n, len(centre))
+    for span, piece in pieces(kept, shift, sigma):
+        norms[span] = squares(piece)
+        if copy is not None:
+            copy[span] = piece
     if not (norms < 1e300).all():
-        row = int(torch.nan_to_num(norms, nan=math.inf).argmax())
+        column = int(torch.nan_to_num(norms, nan=math.inf).argmax())
+        row = column if kept.labels is None else int(np.argsort(number, kind='stable')[column])
+        values = next(rows.take(np.array([row]), 1))[1][0]
         raise ValueError(
-            'squared distances overflow: ' + culprit('the training set', row, x[row], typical, sigma)
+            'squared distances overflow: ' + culprit('the training set', row, values, typical, sigma)
         )
-    return rows, shift, centre, norms
+    return (kept, shift, centre, norms) if copy is None else (copy, None, centre, norms)
 
 # %% ../nbs/22_knn.ipynb #b3711246
 UNIT_ROUNDOFF = 2.**-53 # relative rounding of a float64
@@ -321,17 +433,19 @@ def direct_distances(x, rows, sigma, t):
     # (n, d) features as they came; (m,) some rows, or None; noise; (d,) likewise
     """Distances of some rows by differences, in units of sigma, (m,): slower, and right to roundings(d) units
     of their squares."""
-    rows = torch.arange(len(x)) if rows is None else rows.cpu()
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows.to(x.device)
     parts = (
-        x[part].to(t.device, torch.float64) for part in rows.split(max(1, PIECE_BYTES // (8 * x.shape[1])))
+        on_device(x[part], t.device) for part in rows.split(max(1, PIECE_BYTES // (8 * x.shape[1])))
     )
-    return torch.cat([squares(part.sub_(t).div_(sigma)).sqrt_() for part in parts])
+    found = [squares(part.sub_(t).div_(sigma)).sqrt_() for part in parts]
+    return torch.cat(found) if found else t.new_empty(0)
 
 # %% ../nbs/22_knn.ipynb #d6c35484
 def nearest_of_classes(s, y, n_classes: int, k: int) -> np.ndarray: # (b, C, k)
     "Distances of every class's k nearest points, increasing; inf where there are fewer."
     if k == 1: return nearest(s, y, n_classes)[..., None]
-    return np.sort(nearest_points(s, y, n_classes, k)[0].cpu().numpy(), 2)
+    found = [nearest_columns(part, y, n_classes, k)[0].cpu().numpy() for _, part in row_groups(s)]
+    return np.concatenate(found)
 
 # %% ../nbs/22_knn.ipynb #9e4d61c8
 def sensitivity(tops, k: int, d: int # (b, C, k) distances of the nearest of every class; voters; features
@@ -361,20 +475,40 @@ def settle_rounding(model, raw, s, norm, relative=0.):
     place."""
     k, d, n_classes = model.n_neighbors_, raw.shape[1], len(model.classes_)
     unit, of_classes = roundings(d)*UNIT_ROUNDOFF, lambda s: nearest_of_classes(s, model._y, n_classes, k)
-    tops, spread = of_classes(s), unit*(float(model._reach.max()) + norm)**2
-    if not relative and (spread[:, None]*sensitivity(tops, k, d) <= TOLERANCE).all(): return tops, spread
-    on_device = lambda a: torch.as_tensor(a, device=s.device)[:, None]
-    error = (model._reach + on_device(norm)).square_().mul_(unit).add_(s.square().mul_(relative))
-    low, high = (s.square() - error).clamp_(min=0).sqrt_(), (s.square() + error).sqrt_()
-    cut = on_device(max_relevant_distance_of_vote(of_classes(high), k, d, s.shape[1]))
-    doubtful = error*on_device(sensitivity(of_classes(low), k, d).max(1)) > TOLERANCE
-    again = doubtful & (low <= cut)
-    s.copy_(torch.where(doubtful, low, s))
-    for j in again.any(1).nonzero()[:, 0].tolist():
-        rows = again[j].nonzero()[:, 0]
-        s[j, rows] = direct_distances(model._x, rows, model.noise_.sigma, raw[j])
-    error = torch.where(again, s.square()*unit, error).masked_fill_(s > cut, 0)
-    return of_classes(s), error.amax(1).cpu().numpy()
+    tops, spread = of_classes(s), unit*(float(model._norms.max())**.5 + norm)**2
+    bad = np.flatnonzero((spread[:, None]*sensitivity(tops, k, d) > TOLERANCE).any(1) | (relative > 0))
+    def error_of(j): # of the squared distances of a test point
+        return (model._norms.sqrt() + norm[j]).square_().mul_(unit).add_(s[j].square().mul_(relative))
+    again, cuts = [], {}
+    for j in bad.tolist():
+        error = error_of(j)
+        low, high = (s[j].square() - error).clamp_(min=0).sqrt_(), (s[j].square() + error).sqrt_()
+        cuts[j] = max_relevant_distance_of_vote(of_classes(high[None]), k, d, s.shape[1])[0]
+        doubtful = error*sensitivity(of_classes(low[None]), k, d).max() > TOLERANCE
+        again.append((j, (doubtful & (low <= cuts[j])).nonzero()[:, 0]))
+        s[j] = torch.where(doubtful, low, s[j])
+        spread[j] = error.masked_fill_(s[j] > cuts[j], 0).index_fill_(0, again[-1][1], 0).max()
+    by_differences(model, again, s, raw)
+    for j, span in again:
+        mended = s[j, span][s[j, span] <= cuts[j]]
+        spread[j] = max(spread[j], float(mended.square().max())*unit if len(mended) else 0.)
+    tops[bad] = of_classes(s[bad]) if len(bad) else tops[bad]
+    return tops, spread
+
+def by_differences(model, again, s, raw): # pairs of a test point and columns; (b, n), (b, d)
+    "Put distances in their places that are computed by differences of the features as they came."
+    wanted = np.unique(np.concatenate([span.cpu().numpy() for _, span in again] or [np.empty(0, int)]))
+    for at, block in model._rows.take(rows_of_columns(model, wanted), model._plan.size):
+        order = np.argsort(at)
+        have, x = torch.as_tensor(wanted[at[order]], device=s.device), on_device(block[order], s.device)
+        for j, span in again:
+            place = torch.searchsorted(have, span).clamp_(max=len(have) - 1)
+            here = have[place] == span
+            s[j, span[here]] = direct_distances(x, place[here], model.noise_.sigma, raw[j])
+
+def rows_of_columns(model, span) -> np.ndarray: # (m,) columns of distances
+    "The rows of the training set that they belong to."
+    return span if model._order is None else model._order[span]
 
 # %% ../nbs/22_knn.ipynb #5f22f690
 def check_features(model, X) -> np.ndarray: # fitted classifier, test points; (n, d) floating point
@@ -383,7 +517,7 @@ def check_features(model, X) -> np.ndarray: # fitted classifier, test points; (n
     x = check_rows(model, X, fitted=True, flat=True)
     return np.ascontiguousarray(x.reshape(len(x), -1))
 
-def check_integers(name: str, x): # any array-like
+def check_integers(name: str, x, where=lambda row: f'row {row}'): # any array-like; how a row is called
     "A ValueError where a float64 cannot hold an integer of 64 bits."
     if getattr(getattr(x, 'dtype', None), 'kind', '') not in ('i', 'u') or x.dtype.itemsize < 8: return
     x = np.asarray(x).reshape(len(x), -1)
@@ -391,9 +525,27 @@ def check_integers(name: str, x): # any array-like
     if not lost.any(): return
     row, j = np.argwhere(lost)[0]
     raise ValueError(
-        f'{name} has the integer {x[row, j]} in feature {j} of row {row}, beyond the 2^53 that a float64 '
+        f'{name} has the integer {x[row, j]} in feature {j} of {where(row)}, beyond the 2^53 that a float64 '
         'tells apart: subtract an offset, or rescale the feature'
     )
+
+def survey(rows, size: int) -> tuple: # ArrayRows or ChunkRows; rows at a time -> (d,) smallest, (d,) largest
+    "The range of every feature; a ValueError where numbers are none or too large for a float64."
+    low, high, bad, first_bad = math.inf, -math.inf, 0, None
+    for first, block in rows.blocks(size):
+        check_integers('X', block, lambda row: rows.where(first + row))
+        with np.errstate(over='ignore'):
+            block = block.astype(np.float64) if block.dtype.kind != 'f' or block.dtype.itemsize > 8 else block
+        low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+        if np.isfinite(low).all() and np.isfinite(high).all(): continue
+        lost = np.flatnonzero(~np.isfinite(block).all(1))
+        if len(lost) and first_bad is None:
+            first_bad = first + int(lost[0]), block[lost[0]][~np.isfinite(block[lost[0]])][0]
+        bad += len(lost)
+    if bad:
+        raise ValueError(f'X contains NaN or infinity in {bad} of {rows.n} rows, the first is {first_bad[1]} '
+                         f'in {rows.where(first_bad[0])}: remove, replace or rescale them')
+    return low.astype(np.float64), high.astype(np.float64)
 
 # %% ../nbs/22_knn.ipynb #b7c65676
 def check_count(name: str, value, low: int) -> int:
@@ -416,23 +568,72 @@ def check_vote(n_neighbors, n_levels, n: int): # parameters of the classifier, n
                          f'got {n_neighbors}: use n_levels=None')
     return check_count('n_levels', n_levels, 2)
 
+# %% ../nbs/22_knn.ipynb #22000002
+BLOCK_BYTES = 2**30 # bytes of all blocks of distances in work at a time, if no budget is given
+MOST_POINTS = 128 # test points in a block
+COPIED_BYTES = 2**26 # bytes of a scaled copy up to which the caller's array is copied as well
+PER_POINT = 64 # bytes for every training point: norm, label, place, and what sorting them takes
+
+@dataclass(frozen=True)
+class Plan:
+    "How a budget of memory is spent."
+    keep: int # bytes for a scaled copy of the training set
+    size: int # rows converted at a time
+    points: int # test points in a block, at most
+    blocks: int # blocks at a time
+
+    def points_of(self, m: int) -> int: # test points in all
+        "Test points in a block: blocks are equal and their number is even, where there are more than 32."
+        return max(min(32, self.points), -(-m // (2*(-(-m // (2*self.points))))))
+
+def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter; training set
+    "The plan for a budget, or a ValueError where it cannot be kept."
+    n, d = rows.n, math.prod(rows.shape)
+    least = PER_POINT*n + 8*n*8 + 3*8*d*min(n, 64)
+    budget = max(2*KEEP_BYTES, least + 8*n*16) if max_memory is None else check_count('max_memory', max_memory, 1)
+    if budget < least:
+        raise ValueError(f'max_memory={max_memory} bytes are too few: {n} training points of {d} features need '
+                         f'{least} at least, for their norms and labels and the distances of one test point')
+    rest, copy = budget - PER_POINT*n, 8*n*d + (n*d*rows.dtype.itemsize if 8*n*d <= COPIED_BYTES else 0)
+    keep = min(KEEP_BYTES, rest//2) if in_memory else 0
+    rest -= copy if copy <= keep else 0
+    size = max(1, min(PIECE_BYTES, (rest - 64*n)//12) // (8*d))
+    rest = min(rest, BLOCK_BYTES) if max_memory is None else rest
+    points = max(1, min(MOST_POINTS, (rest//2 - 24*d*size)//(8*n) - 7))
+    at_a_time = 1 if isinstance(rows, ChunkRows) or device != 'cpu' else rest // (8*n*(points + 7) + 24*d*size)
+    return Plan(8*n*d if copy <= keep else 0, size, points, max(1, at_a_time))
+
 # %% ../nbs/22_knn.ipynb #c3c35bb5
-def prepare(model, X, y):
-    "Fit: checks, class numbers, and the training set as it is kept."
-    noise, x = GaussianNoise(model.sigma), check_rows(model, X)
-    check_integers('X', X)
-    n_levels = check_vote(model.n_neighbors, model.n_levels, len(x))
-    classes, number = check_labels(y, len(x), least=1)
+def device_of(model) -> str: # a classifier with a parameter `device`
+    "The name of the device, or a ValueError where it is none or not here."
+    if model.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     device = device_name('cpu' if model.device is None else model.device)
     check_device(device)
-    rows = np.ascontiguousarray(x.reshape(len(x), -1))
-    kept = centred(rows, noise.sigma, device)
-    warn_scale(x, noise.sigma, pixels=getattr(X, 'dtype', None) == np.uint8)
-    record_features(model, X, x.shape[1:])
+    return device
+
+def prepare(model, X, y):
+    "Fit: checks, class numbers, and the training set as it is kept."
+    noise, (rows, y) = GaussianNoise(model.sigma), training_rows(X, y)
+    in_memory = rows is None
+    if in_memory:
+        x = check_rows(model, X)
+        check_integers('X', X)
+        rows = ArrayRows(np.ascontiguousarray(x))
+    n_levels = check_vote(model.n_neighbors, model.n_levels, rows.n)
+    classes, number = check_labels(y, rows.n, least=1)
+    device = device_of(model)
+    plan = plan_of(model.max_memory, rows, in_memory, device)
+    low, high = survey(rows, plan.size)
+    sorted_ = not n_levels and len(classes) <= MOST_SORTED
+    kept = centred(rows, noise.sigma, device, number if sorted_ else None, plan.keep, plan.size)
+    pixels = (getattr(X, 'dtype', None) if in_memory else rows.dtype) == np.uint8
+    warn_scale(np.stack([low, high]).reshape(2, *rows.shape), noise.sigma, pixels=pixels)
+    record_features(model, X if hasattr(X, 'shape') or in_memory else np.zeros((1, *rows.shape)), rows.shape)
     model._scaled, model._shift, model._centre, model._norms = kept
-    model._reach, model._x = model._norms.sqrt(), shared(rows.copy() if 8*rows.size <= KEEP_BYTES else rows)
-    model._y = torch.as_tensor(number, device=device)
-    model.classes_, model.noise_ = classes, noise
+    model._rows = ArrayRows(rows.x.copy()) if 0 < plan.keep <= COPIED_BYTES else rows
+    model._order = number.argsort(kind='stable') if sorted_ else None
+    model._y = torch.as_tensor(np.sort(number) if sorted_ else number, device=device)
+    model.classes_, model.noise_, model._plan = classes, noise, plan
     model.n_levels_, model.n_neighbors_ = n_levels, int(model.n_neighbors)
     return model
 
@@ -442,9 +643,9 @@ def class_log_probs(model, s, tops): # (b, n) distances, (b, C, k) nearest of ev
     k, y, n_classes, d = model.n_neighbors_, model._y, len(model.classes_), model.n_features_in_
     if model.n_levels_: return quantised(s, y, tops[..., 0], d, model.n_levels_)
     if k == 1:
-        return probabilities_of_classes(
-            s, tops, 1, d, lambda s, near, grid, p: one_nn_integral(s, y, n_classes, d, near, grid, p)
-        )
+        known = {}
+        def integral(s, *args): return one_nn_integral(s, y, n_classes, d, *args, known)
+        return probabilities_of_classes(s, tops, 1, d, integral)
     return probabilities_of_classes(
         s,
         tops,
@@ -473,7 +674,7 @@ def check_resolution(model, rows, raw, tops, rounding):
 def place_test_points(model, rows, x) -> tuple:
     # positions, (b, d) checked test points -> raw, centred and scaled, (b,) norms
     "Test points on the device."
-    raw = shared(x).to(model._centre.device, torch.float64)
+    raw = on_device(x, model._centre.device)
     t = raw.sub(model._centre).div_(model.noise_.sigma)
     norm = torch.linalg.vector_norm(t, dim=1).cpu().numpy()
     if not (norm < 1e150).all():
@@ -487,11 +688,12 @@ def check_given(model, rows, raw, s, norm, relative):
     # positions, (b, d), (b, n) distances, (b,), relative error of squares
     "A ValueError where a given distance to the nearest point isn't what the features say."
     i = s.argmin(1)
-    x = model._x[i.cpu()].to(s.device, torch.float64)
-    true, given = squares(x.sub_(raw).div_(model.noise_.sigma)), s.gather(1, i[:, None])[:, 0].square()
+    given, true = s.gather(1, i[:, None])[:, 0].square(), s.new_empty(len(s))
+    for at, block in model._rows.take(rows_of_columns(model, i.cpu().numpy()), model._plan.size):
+        true[at] = squares(on_device(block, s.device).sub_(raw[at]).div_(model.noise_.sigma))
     error = (
-        (model._reach[i] + torch.as_tensor(norm, device=s.device)).square()
-        * roundings(x.shape[1])
+        (model._norms[i].sqrt() + torch.as_tensor(norm, device=s.device)).square()
+        * roundings(raw.shape[1])
         * UNIT_ROUNDOFF
     )
     wrong = (true - given).abs() > error + (1e-6 + relative)*true
@@ -512,10 +714,8 @@ def class_log_probs_of_block(model, x, given=None, rows=None):
     if given is None:
         s = noiseless_distances(model._scaled, model._shift, model.noise_.sigma, model._norms, t)
     else:
-        s, relative = (
-            torch.as_tensor(given / model.noise_.sigma, dtype=t.dtype, device=t.device),
-            own_rounding(given),
-        )
+        s = torch.as_tensor(given / model.noise_.sigma, dtype=t.dtype, device=t.device)
+        s, relative = s if model._order is None else s[:, model._order], own_rounding(given)
         check_given(model, rows, raw, s, norm, relative)
     tops, spread = settle_rounding(model, raw, s, norm, relative)
     rounding = spread[:, None] * sensitivity(tops, model.n_neighbors_, x.shape[1])
@@ -529,12 +729,12 @@ def own_rounding(given) -> float:
 
 # %% ../nbs/22_knn.ipynb #60d94c9d
 @contextmanager
-def workers(n_jobs):
+def workers(n_jobs, most: int = 2**10): # of the classifier; threads that the memory allows
     """A pool of n_jobs threads (None or -1: as many as torch uses), each with its own single-threaded
     operations (threadpoolctl comes with scikit-learn)."""
     from threadpoolctl import threadpool_limits
     before = torch.get_num_threads()
-    n = before if n_jobs in (None, -1) else check_count('n_jobs', n_jobs, 1)
+    n = min(most, before if n_jobs in (None, -1) else check_count('n_jobs', n_jobs, 1))
     torch.set_num_threads(1)
     try:
         with (
@@ -546,17 +746,16 @@ def workers(n_jobs):
         torch.set_num_threads(before)
 
 # %% ../nbs/22_knn.ipynb #e1685cad
-BLOCK_BYTES = 2**28 # bytes of all blocks of distances in work at a time
-
 def in_blocks(model, X, work, order=None):
     # test points as the caller has them; (rows, checked test points) -> result; (n,) positions
     "The results of all blocks of test points, taken in the given order, else in their own."
     check_is_fitted(model)
     x = check_features(model, X)
-    with workers(model.n_jobs) as (n, pool):
-        size = max(1, min(128, BLOCK_BYTES // (8*n*len(model._y)), -(-len(x)//n)))
-        order = np.arange(len(x)) if order is None else order
-        blocks = [order[k:k + size] for k in range(0, len(x), size)]
+    model._rows.check()
+    size = model._plan.points_of(len(x))
+    order = np.arange(len(x)) if order is None else order
+    blocks = [order[k:k + size] for k in range(0, len(x), size)]
+    with workers(model.n_jobs, model._plan.blocks) as (_, pool):
         results = pool.map(lambda rows: work(rows, x[rows]), blocks)
         return list(tqdm(results, total=len(blocks), unit='block', disable=not model.verbose))
 
@@ -567,11 +766,15 @@ def block_distances(model, rows, x) -> np.ndarray: # positions, (b, d) checked t
     s = noiseless_distances(model._scaled, model._shift, model.noise_.sigma, model._norms, t)
     unit = roundings(x.shape[1])*UNIT_ROUNDOFF
     least = s.amin(1).square().mul_(1e-9).cpu().numpy()
-    for j in np.flatnonzero(unit*(float(model._reach.max()) + norm)**2 > least).tolist():
-        again = ((model._reach + norm[j]).square_().mul_(unit) > 1e-9*s[j].square()).nonzero()[:, 0]
-        if len(again):
-            s[j, again] = direct_distances(model._x, again, model.noise_.sigma, raw[j])
-    return s.mul_(model.noise_.sigma).cpu().numpy()
+    bad = np.flatnonzero(unit*(float(model._norms.max())**.5 + norm)**2 > least).tolist()
+    reach = model._norms.sqrt() if bad else None
+    again = [((reach + norm[j]).square_().mul_(unit) > 1e-9*s[j].square()).nonzero()[:, 0] for j in bad]
+    by_differences(model, list(zip(bad, again)), s, raw)
+    found = s.mul_(model.noise_.sigma).cpu().numpy()
+    if model._order is None: return found
+    out = np.empty_like(found)
+    out[:, model._order] = found
+    return out
 
 def all_distances(model, X) -> np.ndarray: # (n_points, n_train)
     "Distances of all test points before noise."

@@ -12,9 +12,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .bins import CACHED_VALUES, FAR_GAP, bin_moments, count_far_above, gaps, group_by_window
-from .bins import integration_box, max_deviation, node_weights, over_bins
-from .chi import cardinal_coefficients, columns, lattice, softplus, stencil
+from .bins import BIN, CACHED_VALUES, CELLS, CUDA_VALUES, FAR_GAP, count_far_above, gaps
+from .bins import group_by_window, integration_box, max_deviation, on_host, over_bins, weights_at_nodes
+from .chi import cardinal_coefficients, chebyshev_nodes, columns, interpolation, lattice, panel_of
+from .chi import softplus, stencil
 
 # %% ../nbs/internals/quantised.ipynb #1bbefd4a
 def edge_hazard(l, n_levels: int):
@@ -24,12 +25,8 @@ def edge_hazard(l, n_levels: int):
 # %% ../nbs/internals/quantised.ipynb #441f179c
 def cumulative_hazard(s, d: int, grid: tuple) -> np.ndarray: # (b, n) -> (b, J)
     "-log P(no point below u) at the nodes of a lattice."
-    one_class, first, n_bins = (
-        torch.zeros(s.shape[1], dtype=torch.int64, device=s.device),
-        8 * grid[2],
-        8 * (grid[3] - grid[2]),
-    )
-    w = node_weights(bin_moments(s, one_class, 1, first, n_bins, 8))[:, 0]
+    one_class, n_bins = s[0].new_zeros(len(s[0]), dtype=torch.int64), 8 * (grid[3] - grid[2])
+    w = weights_at_nodes(s, one_class, 1, 8*grid[2], n_bins, 8, 4)[0][:, 0]
     return -over_bins(w, d, grid, 8, 0)
 
 # %% ../nbs/internals/quantised.ipynb #43835cc5
@@ -76,7 +73,7 @@ def log_increments(tables, low, high):
 # %% ../nbs/internals/quantised.ipynb #2902ed11
 def exp_inplace(x, function='exp'): # torch; or 'expm1'
     "In place; on a CPU by numpy, which is faster."
-    if x.device.type == 'cpu':
+    if on_host(x):
         getattr(np, function)(x.numpy(), out=x.numpy())
     else:
         getattr(torch, function)(x, out=x)
@@ -92,7 +89,7 @@ def chebyshev(x, p: int): # (n,) torch -> (p, n)
     return out
 
 # %% ../nbs/internals/quantised.ipynb #0a9628a1
-def increments(s, edges, coefficients): # (n,) distances; (panels + 1,) edges; (m, panels, 16) torch -> (m, n)
+def increments(s, edges, coefficients): # (n,) distances; (panels + 1,) edges; (m, panels, 16) torch -> (n, m)
     "delta of every row in every bucket."
     edges, panels = torch.as_tensor(edges, device=s.device), coefficients.shape[1]
     k = torch.bucketize(s, edges, right=True).sub_(1).clamp_(0, panels)
@@ -101,12 +98,45 @@ def increments(s, edges, coefficients): # (n,) distances; (panels + 1,) edges; (
     x = (s - edges[k]) / edges.diff(append=edges[-1:] + 1)[k]
     basis = chebyshev(x.mul_(2).sub_(1).clamp_(-1, 1)[order], 16)
     basis = basis.split(k.bincount(minlength=panels + 1).tolist(), 1)
-    out = [coefficients[:, j] @ part for j, part in enumerate(basis[:-1])]
-    out.append(s.new_full((len(coefficients), basis[-1].shape[1]), -math.inf))
+    out = [part.T @ coefficients[:, j].T for j, part in enumerate(basis[:-1])]
+    out.append(s.new_full((basis[-1].shape[1], len(coefficients)), -math.inf))
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=s.device))
-    return exp_inplace(
-        torch.cat(out, 1).gather(1, back.expand(len(coefficients), -1)).clamp_(max=math.log(600))
-    )
+    return exp_inplace(torch.cat(out).index_select(0, back).clamp_(max=math.log(600)))
+
+# %% ../nbs/internals/quantised.ipynb #b3000041
+@lru_cache(maxsize=16)
+def cell_basis(unit: int) -> tuple: # cells of [unit, unit + 1)
+    "Panels of the cells' four nodes, counted from the first in the unit, and values of its polynomials there."
+    per_unit, t = round(CELLS/BIN), (chebyshev_nodes(4) + 1)/2
+    at = unit + ((np.arange(per_unit)[:, None] + t)/per_unit).ravel()
+    panel, edge = panel_of(at), np.array([0, 1/32, 1/16, 1/8, 1/4, 1/2, 1])
+    low, high = (edge[panel], edge[panel + 1]) if unit == 0 else (unit, unit + 1)
+    return panel - panel.min(), interpolation(2*(at - low)/(high - low) - 1, 16)
+
+def cubics(log_delta, s_low: int, s_high: int # (m, panels, 16) values at the nodes of the panels; window
+          ) -> np.ndarray: # (4, cells + 1, m) coefficients of the powers of a place in [0, 1)
+    "Cubics for the logarithms of increments, cell by cell; beyond the window there is no increment."
+    to_powers, out, panel = np.linalg.inv(((chebyshev_nodes(4) + 1)/2)[:, None]**np.arange(4)), [], 0
+    for unit in range(s_low, s_high):
+        which, basis = cell_basis(unit)
+        values = np.empty((len(which), len(log_delta)))
+        for j in range(which.max() + 1):
+            values[which == j] = basis[which == j] @ log_delta[:, panel + j].T
+        panel += which.max() + 1
+        out.append(np.einsum('kj,cjm->kcm', to_powers, values.reshape(-1, 4, len(log_delta))))
+    end = np.full((4, 1, len(log_delta)), -np.inf)
+    end[1:] = 0
+    return np.concatenate([*out, end], 1)
+
+def increments_by_cells(s, s_low: int, table): # (n,) distances; start of the window; torch (4, cells + 1, m)
+    "delta of every row in every bucket, (n, m), by the cubics of its cell."
+    place = (s - s_low).mul_(CELLS/BIN).clamp_(0, table.shape[1] - 1)
+    cell = place.to(torch.int64)
+    place = place.frac_()[:, None]
+    out = table[3].index_select(0, cell)
+    for k in (2, 1, 0):
+        out = torch.addcmul(table[k].index_select(0, cell), out, place)
+    return exp_inplace(out.clamp_(max=math.log(600)))
 
 # %% ../nbs/internals/quantised.ipynb #979b93e7
 def tails_at_points(s, y, d: int, grid: tuple # (n,) distances, class numbers; window
@@ -119,21 +149,25 @@ def tails_at_points(s, y, d: int, grid: tuple # (n,) distances, class numbers; w
     return near, np.ascontiguousarray(np.concatenate([log_s, log_odds + log_s]).T)
 
 # %% ../nbs/internals/quantised.ipynb #d31e6ba9
+MANY_ROWS = 1 # rows for each cell from which cells pay
+
 def pieces_of_increments(s, ones, d: int, grid: tuple, low, high, few=None # as in `bucket_sums`
-                        ): # pairs (m, rows), (rows, C)
+                        ): # pairs (rows, m), (rows, C)
     "Increments of a piece of the rows at a time, and their classes."
     if few is not None:
         log_delta = log_increments(few[1], low, high).clip(max=math.log(600))
-        yield torch.from_numpy(np.exp(log_delta)).to(s.device), ones[few[0]]
+        yield torch.from_numpy(np.exp(log_delta).T.copy()).to(s.device), ones[few[0]]
         return
     log_delta = log_increments(tail_tables(d, grid), low, high).reshape(len(low), -1, 16)
-    coefficients, edges = (
-        torch.as_tensor(log_delta @ cardinal_coefficients(16), device=s.device),
-        lattice(d, *grid).edges,
-    )
-    size = max(1, CACHED_VALUES // len(low))
+    if len(s) > MANY_ROWS*CELLS/BIN*(grid[3] - grid[2]):
+        table = torch.as_tensor(cubics(log_delta, grid[2], grid[3]), device=s.device)
+        found = lambda part: increments_by_cells(part, grid[2], table)
+    else:
+        coefficients = torch.as_tensor(log_delta @ cardinal_coefficients(16), device=s.device)
+        found = lambda part: increments(part, lattice(d, *grid).edges, coefficients)
+    size = max(1, (CACHED_VALUES if on_host(s) else CUDA_VALUES) // len(low))
     for part, one in zip(s.split(size), ones.split(size)):
-        yield increments(part, edges, coefficients), one
+        yield found(part), one
 
 def bucket_sums(s, ones, # (n,) distances; (n, C) 1 for a row's class, else 0
                 d: int, grid: tuple, # features, window
@@ -141,12 +175,13 @@ def bucket_sums(s, ones, # (n,) distances; (n, C) 1 for a row's class, else 0
                 few=None # what `tails_at_points` found, or None
                ) -> tuple: # (C, m), (m,)
     "sum_{i in c} exp(-sum_{j<=i} delta_jl) (exp(delta_il) - 1) and sum_i delta_il."
-    won, before = 0, s.new_zeros(len(low), 1)
+    won, before = s.new_zeros(ones.shape[1], len(low)), s.new_zeros(1, len(low))
     for delta, one in pieces_of_increments(s, ones, d, grid, low, high, few):
-        running = delta.cumsum(1).add_(before)
-        before = running[:, -1:].clone()
-        won = won + exp_inplace(running.neg_()).mul_(exp_inplace(delta, 'expm1')) @ one
-    return won.T.cpu().numpy(), before[:, 0].cpu().numpy()
+        running = delta.cumsum(0).add_(before)
+        if not len(running): continue
+        before = running[-1:].clone()
+        won += one.T @ exp_inplace(running.neg_()).mul_(exp_inplace(delta, 'expm1'))
+    return won.cpu().numpy(), before[0].cpu().numpy()
 
 # %% ../nbs/internals/quantised.ipynb #f3027815
 def quantised_direct(s, y, ones, d: int, grid: tuple, # (n,), (n,), (n, C), as in `bucket_sums`

@@ -15,7 +15,7 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'cli', 'report', 'tables', 'experiments', 'workers profiles', 'store',
     'evaluation defences estimators ensemble knn attacks models',
     'training metrics certificate data votes quantised',
-    'pool dp noise features inputs stacked bins chi bounds theory labels']
+    'rows pool dp noise features inputs stacked bins chi bounds theory labels']
 WIDTH = 110  # columns of code
 NOT_YET = set()  # stems of notebooks that are not reformatted yet
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
