@@ -20,10 +20,8 @@ class _FlipLaw:
     step: float # L, the log ratio of one row
     k: np.ndarray # (m,) numbers of clean minus poisoned labels
     log_clean: np.ndarray # (m,) their log probabilities under the clean labels
+    log_poisoned: np.ndarray # (m,) and under the poisoned ones
     dropped: float # clean probability of the outcomes that were left out
-
-    @property
-    def log_poisoned(self): return self.log_clean - self.k * self.step
 
 # %% ../nbs/23_labels.ipynb #1abe000d
 def _log_coefficients(up, stay, down, r): # -> (r + 1,) longdouble, of x^2r ... x^r in (up x^2+stay x+down)^r
@@ -45,20 +43,22 @@ def flip_law(flip: float, # probability that a label is replaced, in (0, 1 - 1/n
               n_classes: int = 2 # C
              ) -> _FlipLaw: # under the clean and under the poisoned labels
     "Law of the label ratio when r rows carry another label than they should, exact up to `dropped`."
-    r, other = n_relabelled, flip / (n_classes - 1)
-    step = math.log1p(-flip) - math.log(other)
+    r, flip = n_relabelled, np.longdouble(flip)
+    other = flip / (n_classes - 1)
+    step = np.log1p(-flip) - np.log(other)
     if n_classes == 2:
         m = np.arange(r, dtype=np.longdouble)
-        k, log_p = 2 * np.arange(r + 1) - r, np.log((r - m) / (m + 1)) + np.longdouble(step)
+        k, log_p = 2 * np.arange(r + 1) - r, np.log((r - m) / (m + 1)) + step
         log_p = np.r_[np.longdouble(0), np.cumsum(log_p)]
     else:
         right = _log_coefficients(1 - flip, flip - other, other, r)[::-1] # k = 0 ... r
         k = np.arange(-r, r + 1)
-        log_p = np.r_[(right - np.arange(r + 1) * np.longdouble(step))[:0:-1], right]
+        log_p = np.r_[(right - np.arange(r + 1) * step)[:0:-1], right]
     log_p = log_p - log_p.max()
-    log_p = (log_p - np.log(np.exp(log_p).sum())).astype(float)
+    log_p = log_p - np.log(np.exp(log_p).sum())
     keep = log_p > _FLOOR
-    return _FlipLaw(step, k[keep], log_p[keep], float(np.exp(log_p[~keep]).sum()))
+    log_clean, log_poisoned = ((log_p[keep] - v).astype(float) for v in (0, k[keep] * step))
+    return _FlipLaw(float(step), k[keep], log_clean, log_poisoned, float(np.exp(log_p[~keep]).sum()))
 
 # %% ../nbs/23_labels.ipynb #1abe0012
 def _tails(law, s, t): # (m,) shifts, (m,) thresholds -> P_clean(ratio > t) and log P_poisoned(ratio > t)
@@ -139,39 +139,55 @@ def _roots(f, target, high): # falling function, (m,) values, largest place -> (
     return out
 
 # %% ../nbs/23_labels.ipynb #1abe001b
-def _level(law, s, log_p): # (m,) shifts, (m,) log probabilities -> (m,) t with P_poisoned(ratio > t) = p
-    k, log_q = law.k * law.step, law.log_poisoned
-    reach = 1 + s * (s + 40 + np.sqrt(-2 * np.minimum(log_p, 0)))
-    low, high = k.min() - reach, k.max() + reach
-    t, left = (low + high) / 2, np.arange(len(s))
+def _log_sum(a): # (m, k) -> (m,) log of the sum of exp
+    top = np.maximum(a.max(1), -1e300)
+    with np.errstate(divide='ignore'):
+        return top + np.log(np.exp(a - top[:, None]).sum(1))
+
+def _level(law, s, log_p, t, tolerance): # (m,) each, from t -> t with P_poisoned(ratio > t) = p, log, density
+    k, z, left = law.k * law.step, -ndtri_exp(log_p), np.arange(len(s))
+    low, high = np.full(len(s), -np.inf), np.full(len(s), np.inf)
+    t, log_above, density = t.copy(), np.empty(len(s)), np.empty(len(s))
     for _ in range(200):
         x = (t[left, None] - k) / s[left, None] + s[left, None] / 2
-        value = logsumexp(log_q + log_ndtr(-x), axis=1)
-        gap = value - log_p[left]
+        above = _log_sum(law.log_poisoned + log_ndtr(-x))
+        here = np.exp(law.log_poisoned - x * x / 2 - above[:, None]).sum(1) # of log P, times s sqrt(2 pi)
+        log_above[left], density[left], gap = above, here, above - log_p[left]
         low[left], high[left] = np.where(gap > 0, t[left], low[left]), np.where(gap > 0, high[left], t[left])
         with np.errstate(all='ignore'):
-            hazard = np.exp(log_q - x * x / 2 - value[:, None]).sum(1) / (s[left] * math.sqrt(2 * math.pi))
-            newton = t[left] + gap / hazard
-        done = np.abs(gap) < 1e-14 * (1 + np.abs(log_p[left]))
+            own = -ndtri_exp(np.minimum(above, -1e-300))
+            new = t[left] + (z[left] - own) * s[left] / (here * np.exp(above + own * own / 2))
+        done = np.abs(gap) < tolerance * (1 + np.abs(log_p[left]))
         done |= high[left] - low[left] < 1e-15 * (1 + np.abs(t[left]))
-        inside = (newton > low[left]) & (newton < high[left])
-        t[left] = np.where(done, t[left], np.where(inside, newton, (low[left] + high[left]) / 2))
-        left = left[~done]
+        left, new = left[~done], new[~done]
         if not len(left):
             break
-    return t
+        a, b, reach = low[left], high[left], 4 * (1 + s[left])
+        mid = np.where(np.isinf(a), b - reach, np.where(np.isinf(b), a + reach, (a + b) / 2))
+        inside = (new > a) & (new < b) & (np.abs(new - t[left]) < 1000 * reach + np.abs(t[left]))
+        t[left] = np.where(inside, new, mid)
+    return t, log_above, density
 
 # %% ../nbs/23_labels.ipynb #1abe001c
-def _most(law: _FlipLaw, # of the labels
-          s, # (m,) shifts in standard deviations, > 0
-          log_p # (m,) log probability of a set under the poisoned law
-         ) -> np.ndarray: # (m,), never too small but for rounding
-    "The most that a set can have under the clean law (Neyman and Pearson)."
-    t = _level(law, s, log_p)
-    clean, log_poisoned = _tails(law, s, t)
-    with np.errstate(over='ignore', invalid='ignore'):
-        change = np.exp(t + log_p) * -np.expm1(log_poisoned - log_p)
-    return clean + law.dropped + np.where(np.isfinite(change), change, np.inf)
+def _spread(law, clean): # mean and variance of the log ratio of the labels
+    log_p, k = law.log_clean if clean else law.log_poisoned, law.k * law.step
+    p = np.exp(log_p - log_p.max())
+    p, mean = p / p.sum(), (p * k).sum() / p.sum()
+    return mean, (p * k * k).sum() - mean**2
+
+def _guess(law, s, log_p): # (m,), (m,) -> (m,) levels, as if everything was Gaussian
+    mean, var = _spread(law, clean=False)
+    return mean - s * s / 2 - ndtri_exp(log_p) * np.sqrt(var + s * s)
+
+def _extreme(law, s, log_p, t, log_above, most): # (m,) each, from `_level` -> (m,) log clean probability
+    "The most that a set with p can have, or the least that its complement has; for any t on the safe side."
+    x = (t[:, None] - law.k * law.step) / s[:, None] - s[:, None] / 2
+    mass = _log_sum(law.log_clean + log_ndtr(-x if most else x))
+    with np.errstate(all='ignore'):
+        change = -np.expm1(log_above - log_p) * np.exp(t + log_p - mass)
+        if law.dropped:
+            change = change + law.dropped * np.exp(-mass)
+        return mass + np.log1p(change if most else -change)
 
 # %% ../nbs/23_labels.ipynb #1abe001d
 def _shift_of_two(log_q, law): # (m,) log(1 - p_A) -> (m,) shifts, NaN where nothing is certified
@@ -182,19 +198,140 @@ def _shift_of_two(log_q, law): # (m,) log(1 - p_A) -> (m,) shifts, NaN where not
         out[wins] = _roots(lambda s: log_least(law, np.maximum(s, _TINY)), need[wins], high)
     return out
 
-def _shift_of_many(log_q_a, log_p_b, law, largest=_most, quantile=ndtri_exp): # -> (m,) shifts, NaN as above
-    from scipy.optimize.elementwise import find_root
-    def excess(s, a, b):
-        winner = largest(law, s, a)
-        return winner + (winner if np.array_equal(a, b) else largest(law, s, b)) - 1 + 1e-13
-    least, high = np.full(len(log_q_a), _TINY), -(quantile(log_q_a) + quantile(log_p_b)) / 2
-    wins = (excess(least, log_q_a, log_p_b) < 0) & (high > _TINY)
-    out = np.where(wins, 0., np.nan)
-    if wins.any():
-        found = find_root(excess, (least[wins], high[wins] * (1 + 1e-7)), args=(log_q_a[wins], log_p_b[wins]),
-                          tolerances=dict(xatol=1e-14, xrtol=1e-11))
-        out[wins] = np.where(found.success, found.bracket[0], 0.)
+def _by_labels(law, log_p): # (m,) -> (m,) least and (m,) most clean probability where nothing is shifted
+    q, c, p = np.exp(law.log_poisoned[::-1]), np.exp(law.log_clean[::-1]), np.exp(log_p) # best outcomes first
+    before = np.r_[0., q.cumsum()]
+    i = np.clip(np.searchsorted(before, p, 'right') - 1, 0, len(q) - 1)
+    part = np.clip((p - before[i]) / q[i], 0, 1) # of outcome i
+    rest = np.r_[c[::-1].cumsum()[::-1], 0.][i + 1]
+    return rest + (1 - part) * c[i] - law.dropped, np.r_[0., c.cumsum()][i] + part * c[i] + law.dropped
+
+# %% ../nbs/23_labels.ipynb #1abe0041
+def _lead(law, s, log_q_a, log_p_b, t_a, t_b): # (m,) each -> log of least over most, its slope in s, levels
+    t_a, above_a, density_a = _level(law, s, log_q_a, t_a, 1e-14)
+    t_b, above_b, density_b = _level(law, s, log_p_b, t_b, 1e-14)
+    least = _extreme(law, s, log_q_a, t_a, above_a, most=False)
+    most = _extreme(law, s, log_p_b, t_b, above_b, most=True)
+    with np.errstate(all='ignore'):
+        slope = np.exp(t_a + above_a - least) * density_a + np.exp(t_b + above_b - most) * density_b
+    return least - most, -slope / math.sqrt(2 * math.pi), t_a, t_b
+
+# %% ../nbs/23_labels.ipynb #1abe0047
+def _shift_of_pair(log_q_a, log_p_b, law, high): # (m,) each, none beyond high -> (m,) shifts, NaN as above
+    margin = 4e-15 + 5e-16 * np.abs(log_p_b)
+    least, most = _by_labels(law, log_q_a)[0], _by_labels(law, log_p_b)[1]
+    wins = least > most * (1 + margin)
+    out = np.where(wins & (high > 0), 0., np.nan)
+    rows = np.flatnonzero(out == 0)
+    a, b, high, margin = log_q_a[rows], log_p_b[rows], high[rows], margin[rows]
+    low, whole = np.zeros(len(rows)), (ndtri_exp(a) + ndtri_exp(b)) / 2
+    s = np.clip(np.sqrt(np.maximum(whole**2 - _spread(law, True)[1], 0)), .05 * high, .9 * high)
+    t_a, t_b, left = _guess(law, s, a), _guess(law, s, b), np.arange(len(rows))
+    for _ in range(200):
+        if not len(left):
+            break
+        at = s[left]
+        lead, slope, t_a[left], t_b[left] = _lead(law, at, a[left], b[left], t_a[left], t_b[left])
+        lead -= margin[left]
+        low[left], high[left] = np.where(lead > 0, at, low[left]), np.where(lead > 0, high[left], at)
+        with np.errstate(all='ignore'):
+            step, close = -lead / slope, 2e-10 * at + 1e-14
+        new = at + step - close / 2 # a little below the root
+        inside = (new > low[left]) & (new < high[left])
+        s[left] = np.where(inside, new, (low[left] + high[left]) / 2)
+        left = left[~((lead > 0) & (np.abs(step) < close) | (high[left] - low[left] <= close))]
+    out[rows] = low
     return out
+
+# %% ../nbs/23_labels.ipynb #1abe0043
+_CELLS = 3_000_000 # entries of an array
+
+def _most_quantile(law, s, z): # (m,) each -> (m,) F(s, z)
+    out, log_p = np.empty(len(s)), log_ndtr(-z)
+    for i in range(0, len(s), max(_CELLS // len(law.k), 1)):
+        part = slice(i, i + max(_CELLS // len(law.k), 1))
+        t, above, _ = _level(law, s[part], log_p[part], _guess(law, s[part], log_p[part]), 1e-8)
+        ends = (_extreme(law, s[part], log_p[part], t, above, v) for v in (True, False))
+        most, least = (np.minimum(v, -1e-300) for v in ends)
+        out[part] = np.where(most < least, -ndtri_exp(most), ndtri_exp(least))
+    return out
+
+_PLACES = np.cos(np.pi * (np.arange(16) + .5) / 16)
+
+def _fit(values): # (..., 16) at the places -> Chebyshev coefficients, and which are resolved to rounding
+    c = values @ np.linalg.inv(np.polynomial.chebyshev.chebvander(_PLACES, 15)).T
+    return c, np.abs(c[..., -3:]).max(-1) < 3e-13 * (1 + np.abs(c).max(-1))
+
+# %% ../nbs/23_labels.ipynb #1abe0044
+def _quantiles(law, s, z): # (k,) shifts, (m,) quantiles in order -> (m, k) F(s_i, z_j), NaN if not resolved
+    out, panels = np.full((len(z), len(s)), np.nan), [(a, 2.5) for a in np.arange(z[0] + 2.4, z[-1] + 2.6, 5)]
+    while panels:
+        inside = [(m, h, slice(*np.searchsorted(z, (m - h, m + h)))) for m, h in panels]
+        inside, panels = [p for p in inside if p[2].start < p[2].stop], []
+        if not inside:
+            break
+        nodes = np.array([m + h * _PLACES for m, h, _ in inside])
+        at_s, at_z = np.broadcast_arrays(s[:, None], nodes[:, None])
+        c, good = _fit(_most_quantile(law, at_s.ravel(), at_z.ravel()).reshape(at_s.shape))
+        for (m, h, rows), own, ok in zip(inside, c, good.all(1)):
+            if ok:
+                out[rows] = np.polynomial.chebyshev.chebvander((z[rows] - m) / h, 15) @ own.T
+            elif h > .2:
+                panels += [(m - h / 2, h / 2), (m + h / 2, h / 2)]
+    return out
+
+# %% ../nbs/23_labels.ipynb #1abe0045
+def _pair_roots(c): # (m, 16) coefficients of falling functions on [-1, 1] -> (m,) places
+    from numpy.polynomial.chebyshev import chebder, chebval
+    c = c.T - 2e-12 * (np.arange(16) == 0)[:, None] # what interpolation and rounding may have added
+    low, high, x, slope = -np.ones(c.shape[1]), np.ones(c.shape[1]), np.zeros(c.shape[1]), chebder(c)
+    for _ in range(60):
+        gap = chebval(x, c, tensor=False)
+        low, high = np.where(gap > 0, x, low), np.where(gap > 0, high, x)
+        with np.errstate(all='ignore'):
+            new = x - gap / chebval(x, slope, tensor=False)
+        new = np.where((new > low) & (new < high), new, (low + high) / 2)
+        moved, x = np.abs(new - x).max(initial=0), new
+        if moved < 1e-15:
+            break
+    return x
+
+def _tabulated(law, z_a, z_b, least): # (m,), (m,), smallest shift -> (m,) shifts, NaN: to be found otherwise
+    out, panels = np.full(len(z_a), np.nan), [(least, (z_a + z_b).max() / 2, np.arange(len(z_a)))]
+    def lead(s, rows):
+        z, back = np.unique(np.r_[z_a[rows], z_b[rows]], return_inverse=True)
+        return _quantiles(law, s, z)[back].reshape(2, len(rows), len(s)).sum(0)
+    panels[0] = (*panels[0][:2], np.flatnonzero(lead(np.array([least]), panels[0][2])[:, 0] > 0))
+    while panels:
+        a, b, rows = panels.pop()
+        if not len(rows) or b - a < 1e-3 * b:
+            continue
+        mid, half = (a + b) / 2, (b - a) / 2
+        values = lead(np.r_[mid + half * _PLACES, mid], rows)
+        c, good = _fit(values[:, :-1]) # NaN is not good
+        out[rows[good]] = mid + half * _pair_roots(c[good])
+        for end, side in (((a, mid), values[:, -1] < 0), ((mid, b), values[:, -1] >= 0)):
+            panels.append((*end, rows[side & ~good]))
+    return out
+
+# %% ../nbs/23_labels.ipynb #1abe0046
+def _trimmed(law, log_p): # the outcomes that matter for probabilities of at least p
+    keep = np.maximum(law.log_clean, law.log_poisoned) > log_p - 45
+    more = float(np.exp(law.log_clean[~keep]).sum())
+    return _FlipLaw(law.step, law.k[keep], law.log_clean[keep], law.log_poisoned[keep], law.dropped + more)
+
+def _shift_of_pairs(log_q_a, log_p_b, law): # (m,), (m,) -> (m,) shifts, NaN where nothing is certified
+    pairs, back = np.unique([log_q_a, log_p_b], axis=1, return_inverse=True)
+    law, (z_a, z_b) = _trimmed(law, pairs.min()), -ndtri_exp(pairs)
+    out, high = np.full(len(z_a), np.nan), (z_a + z_b) / 2
+    smooth = 1.2 * law.step * np.diff(law.k).min() # two classes: outcomes two steps apart
+    rows = high > smooth
+    if rows.sum() > 100:
+        out[rows] = _tabulated(law, z_a[rows], z_b[rows], smooth)
+    rows = np.flatnonzero(np.isnan(out))
+    for part in np.array_split(rows, 1 + len(rows) * len(law.k) // _CELLS):
+        out[part] = _shift_of_pair(*pairs[:, part], law, high[part].copy())
+    return out[np.ravel(back)]
 
 # %% ../nbs/23_labels.ipynb #1abe001e
 def relabelled_shift(log_q_a, # (m,) log(1 - p_A)
@@ -208,8 +345,10 @@ def relabelled_shift(log_q_a, # (m,) log(1 - p_A)
     same, out = log_q_a == log_p_b, np.empty(len(log_q_a))
     if same.any():
         out[same] = _shift_of_two(log_q_a[same], law)
+        small = np.flatnonzero(same & (out < .02)) # where the margin of the panels would be seen
+        out[small] = _shift_of_pair(log_q_a[small], log_q_a[small], law, 2 * out[small] + 1e-9)
     if not same.all():
-        out[~same] = _shift_of_many(log_q_a[~same], log_p_b[~same], law)
+        out[~same] = _shift_of_pairs(log_q_a[~same], log_p_b[~same], law)
     return out
 
 # %% ../nbs/23_labels.ipynb #1abe0031
@@ -252,7 +391,7 @@ def _laplace_most(law: _FlipLaw, # of the labels
                   s, # (m,) shifts in scales, > 0
                   log_p # (m,) log probability of a set under the poisoned law
                  ) -> np.ndarray: # (m,), never too small but for rounding
-    "As `_most`, for Laplace noise."
+    "The most that a set can have under the clean law, for Laplace noise and any t on the safe side."
     p, reach = np.exp(log_p), np.abs(law.k).max() * law.step + s + 1
     low, high = -reach, reach
     for _ in range(60):
@@ -264,6 +403,22 @@ def _laplace_most(law: _FlipLaw, # of the labels
         change = np.exp(high) * (p - poisoned)
     return clean + law.dropped + np.where(np.isfinite(change), change, np.inf)
 
+# %% ../nbs/23_labels.ipynb #1abe0048
+def _laplace_roots(log_q_a, log_p_b, law): # (m,), (m,) -> (m,) shifts, NaN where nothing is certified
+    from scipy.optimize.elementwise import find_root
+    def excess(s, a, b):
+        winner = _laplace_most(law, s, a)
+        return winner + (winner if np.array_equal(a, b) else _laplace_most(law, s, b)) - 1 + 1e-13
+    quantile = lambda v: np.where(v < -np.log(2), np.log(2) + v, -np.log(2) - np.log(-np.expm1(v)))
+    least, high = np.full(len(log_q_a), _TINY), -(quantile(log_q_a) + quantile(log_p_b)) / 2
+    wins = (excess(least, log_q_a, log_p_b) < 0) & (high > _TINY)
+    out = np.where(wins, 0., np.nan)
+    if wins.any():
+        found = find_root(excess, (least[wins], high[wins] * (1 + 1e-7)), args=(log_q_a[wins], log_p_b[wins]),
+                          tolerances=dict(xatol=1e-14, xrtol=1e-11))
+        out[wins] = np.where(found.success, found.bracket[0], 0.)
+    return out
+
 def laplace_shift(log_q_a, # (m,) log(1 - p_A)
                   log_p_b, # (m,) log p_B
                   flip: float, # in (0, 1 - 1/n_classes)
@@ -273,5 +428,4 @@ def laplace_shift(log_q_a, # (m,) log(1 - p_A)
     "As `relabelled_shift`, for Laplace noise and the total l1 norm."
     law = flip_law(float(flip), int(n_relabelled), int(n_classes))
     logs, back = np.unique(np.maximum([log_q_a, log_p_b], -600.), axis=1, return_inverse=True)
-    quantile = lambda v: np.where(v < -np.log(2), np.log(2) + v, -np.log(2) - np.log(-np.expm1(v)))
-    return _shift_of_many(*logs, law, _laplace_most, quantile)[np.ravel(back)]
+    return _laplace_roots(*logs, law)[np.ravel(back)]

@@ -434,7 +434,8 @@ def _with_labels(shift, alone, unit, logs, flip, rows, n_classes, certain=np.inf
     return out[()]
 
 def _shifts(shift, log_q_a, log_p_b, flip, r, n_classes, certain): # (m,), (m,) -> (m,) in units of the noise
-    sure = np.isneginf(log_q_a) & np.isneginf(log_p_b) & (flip > 0)
+    never_lost, never_met = np.isneginf(log_q_a), np.isneginf(log_p_b)
+    sure = (never_lost & never_met | np.isinf(certain) & (never_met & (log_q_a < 0))) & (flip > 0)
     out = np.where(sure, certain, np.nan)
     open_ = ~sure & (flip > 0) & (log_q_a < 0) & (log_p_b < 0)
     if open_.any():
