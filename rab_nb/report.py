@@ -505,18 +505,28 @@ def _beyond_chance(scores): # frame of `beside_paper` of an ensemble -> frame of
     told = informative(scores)
     return told[told.gap > 3 * np.sqrt(2) * np.maximum(told.sampling_error, least)]
 
-def open_cells(scores # frame of `beside_paper` of an ensemble, at the paper's number of models or as if
-              ) -> str: # a sentence, and a table where it is needed
-    "The distinct, informative cells that chance in the models does not explain."
-    told, beyond = informative(scores), _beyond_chance(scores)
-    said = (f'{len(beyond)} of {len(told)} distinct, informative cells lie more than three standard errors '
-            "from the paper's")
-    if not len(beyond): return f'{said}.'
+def _cells_in_words(cells): # frame of `_beyond_chance` -> a Markdown table
     lines = [[_ATTACK_NAMES[c.attack], f'{c.pattern_norm:g} in {c.poison_rate:.0%}', f'{c.sigma:g}',
               c.metric.replace('_', ' '), '' if np.isnan(c.radius) else f'{c.radius:g}', f'{c.value:.3f}',
-              f'{c.paper:.3f}', f'{c.sampling_error:.3f}'] for c in beyond.itertuples()]
+              f'{c.paper:.3f}', f'{c.sampling_error:.3f}'] for c in cells.itertuples()]
     columns = 'attack', 'pattern norm', 'sigma', 'score', 'r', 'ours', "the paper's", 'standard error'
-    return f'{said}:\n\n{markdown(list(columns), lines)}'
+    return markdown(list(columns), lines)
+
+def open_cells(scores, # frame of `beside_paper` of an ensemble, at the paper's number of models or as if
+               table: TableSpec # its axes
+              ) -> str: # a paragraph, and a table where it is needed
+    """The distinct, informative cells that chance in the models does not explain, for means over pairs and for
+    each pair alone; those of the reading that leaves fewest open are listed."""
+    pairs = [pair for pair in scores.pair.unique() if pair != 'mean']
+    frames = {'means over pairs': scores}
+    if len(pairs) > 1:
+        frames |= {f'the pair {pair} alone': of_pair(scores, pair, table) for pair in pairs}
+    told, beyond = ({k: f(v) for k, v in frames.items()} for f in (informative, _beyond_chance))
+    counts = '; '.join(f'{k}: {len(beyond[k])} of {len(told[k])}' for k in frames if len(told[k]))
+    said = f"Distinct, informative cells more than three standard errors from the paper's: {counts or 'none'}."
+    fewest = min(frames, key=lambda k: len(beyond[k]) / max(len(told[k]), 1))
+    if not len(beyond[fewest]): return said
+    return f'{said} Open with {fewest}:\n\n{_cells_in_words(beyond[fewest])}'
 
 # %% ../nbs/internals/report.ipynb #2e5374d6
 def range_of_models(scores # tidy frame
