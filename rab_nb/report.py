@@ -515,15 +515,16 @@ def _cells_in_words(cells): # frame of `_beyond_chance` -> a Markdown table
 def open_cells(scores, # frame of `beside_paper` of an ensemble, at the paper's number of models or as if
                table: TableSpec # its axes
               ) -> str: # a paragraph, and a table where it is needed
-    """The distinct, informative cells that chance in the models does not explain, for means over pairs and for
-    each pair alone; those of the reading that leaves fewest open are listed."""
+    """The distinct, informative cells that chance in the models does not explain, for means over pairs and
+    for each pair alone; those of the reading that leaves fewest open are listed."""
     pairs = [pair for pair in scores.pair.unique() if pair != 'mean']
     frames = {'means over pairs': scores}
     if len(pairs) > 1:
         frames |= {f'the pair {pair} alone': of_pair(scores, pair, table) for pair in pairs}
     told, beyond = ({k: f(v) for k, v in frames.items()} for f in (informative, _beyond_chance))
     counts = '; '.join(f'{k}: {len(beyond[k])} of {len(told[k])}' for k in frames if len(told[k]))
-    said = f"Distinct, informative cells more than three standard errors from the paper's: {counts or 'none'}."
+    said = ("Distinct, informative cells more than three standard errors from the paper's: "
+            f"{counts or 'none'}.")
     fewest = min(frames, key=lambda k: len(beyond[k]) / max(len(told[k]), 1))
     if not len(beyond[fewest]): return said
     return f'{said} Open with {fewest}:\n\n{_cells_in_words(beyond[fewest])}'
