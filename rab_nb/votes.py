@@ -371,6 +371,7 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
     return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, live, stride,
                    _outcomes(top, k, ends))
 
+# %% ../nbs/internals/votes.ipynb #7e11a004
 def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # as above
     """The vote at test points that are alike, where few training points are within reach: first at few radii,
     then where the integrand lives."""

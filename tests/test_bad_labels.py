@@ -79,7 +79,8 @@ def test_rows_beyond_the_training_set(certificate, bad):
 
 @pytest.mark.parametrize('change', [
     dict(test_norm=-1.), dict(test_norm=NAN), dict(test_norm='a'), dict(test_norm=None),
-    dict(pattern_norm=NAN), dict(pattern_norm='a'), dict(n_poisoned=0), dict(n_poisoned=2.5), dict(n_poisoned=61)])
+    dict(pattern_norm=NAN), dict(pattern_norm="a"), dict(n_poisoned=0), dict(n_poisoned=2.5),
+    dict(n_poisoned=61)])
 def test_covers(certificate, change):
     with pytest.raises(ValueError, match=next(iter(change)) + '|n_relabelled'):
         certificate.covers(**dict(n_poisoned=3, pattern_norm=.1, relabelled=True) | change)
