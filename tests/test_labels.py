@@ -265,7 +265,8 @@ def test_thousands_of_rivals(flip, r, n_classes):
     assert np.allclose(one, many[some], rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize('two, flip, r, n_classes', [(False, .6, 20, 3), (True, .45, 40, 2), (False, .66, 2, 3)])
+@pytest.mark.parametrize('two, flip, r, n_classes', [
+    (False, .6, 20, 3), (True, .45, 40, 2), (False, .66, 2, 3)])
 def test_a_thousandth_of_sigma_has_nine_digits(two, flip, r, n_classes):
     from scipy.optimize import brentq
     other = 0. if two else -1.1
@@ -294,3 +295,13 @@ def test_a_rival_that_never_comes():
     deep = relabelled_radius(.5, 1., .3, 1, 3, 0., log_p_b=[-1e3, -1e4, -9e4])
     alone = gaussian_radius(.5, 0., 1., log_p_b=[-1e3, -1e4, -9e4])
     assert ((deep < alone) & (deep > .99 * alone)).all()
+
+
+@pytest.mark.parametrize('flip, r, n_classes', [
+    (1e-300, 2, 3), (1e-12, 1, 3), (2/3 - 1e-9, 30, 3), (.5 - 1e-12, 9, 2)])
+def test_flips_at_both_ends(flip, r, n_classes):
+    q = np.array([1e-9, 1e-30, 1e-250])
+    got = relabelled_radius(1., 1., flip, r, n_classes, 0., log_q_a=np.log(q), log_p_b=np.log(q / 9))
+    alone = gaussian_radius(1., 0., 1., log_q_a=np.log(q), log_p_b=np.log(q / 9))
+    assert not (got > alone).any()
+    assert np.allclose(got, alone, rtol=1e-6) if flip > .4 else np.isnan(got[0])
