@@ -511,7 +511,7 @@ def _tolerated(c, n_poisoned, n_relabelled=0, test_norm=0.):
 
 def _test_norm(c, test_norm):
     "The norm of the mark on the test input, or ValueError."
-    mark = np.asarray(test_norm, dtype=float)
+    mark = theory.check_numbers('test_norm', test_norm)
     if not (mark >= 0).all(): raise ValueError(f'test_norm must be >= 0, got {test_norm!r}')
     if not c.test_sigma and mark.any():
         raise ValueError(f'a mark of norm {mark.max():g} on the test input is not covered: it had no '
@@ -529,7 +529,7 @@ def covers(self: Certificate,
           ) -> np.ndarray: # (..., n_points) booleans; arrays of attacks give a row of points for each
     """Points whose prediction tolerates an attack; ValueError for numbers out of range, and for a marked test
     input where there was no independent noise on it."""
-    size, mark = np.asarray(pattern_norm, dtype=float), _test_norm(self, test_norm)
+    size, mark = theory.check_numbers('pattern_norm', pattern_norm), _test_norm(self, test_norm)
     if not (size >= 0).all(): raise ValueError(f'pattern_norm must be >= 0, got {pattern_norm!r}')
     n, rows = np.asarray(n_poisoned), np.asarray(relabelled)
     if rows.dtype == bool:
@@ -553,7 +553,7 @@ def budget_map(self: Certificate,
                total_norms # total norms of the patterns, >= 0
               ) -> np.ndarray: # in [0, 1], of shape n_relabelled.shape + total_norms.shape
     "Share of the points that tolerate so many wrong labels beside a total norm."
-    norms = np.asarray(total_norms, dtype=float)
+    norms = theory.check_numbers('total_norms', total_norms)
     if not (norms >= 0).all(): raise ValueError(f'total_norms must be >= 0, got {total_norms!r}')
     radius = self.radius_with(n_relabelled)
     below = norms[..., None] < radius.reshape(*radius.shape[:-1], *[1]*norms.ndim, len(self))

@@ -112,7 +112,19 @@ def _answer_group(spec, group: int, found, x: np.ndarray # from `_train_models`;
 def _frozen(estimator): # whether a part was fitted before and stays as it is
     parts = [estimator, *estimator.get_params().values()]
     steps = [v for p in parts if isinstance(p, list) for s in p if isinstance(s, tuple) for v in s]
-    return any(type(p).__name__ == 'FrozenEstimator' for p in parts + steps) or 'prefit' in map(str, parts)
+    held = [getattr(p, '__self__', None) for p in parts if callable(p)] # of methods of a fitted object
+    return (any(type(p).__name__ == 'FrozenEstimator' for p in parts + steps) or 'prefit' in map(str, parts)
+            or any(hasattr(p, 'get_params') for p in held))
+
+def _warn_standardised(x): # (n, d); rows that were scaled by their own means
+    with np.errstate(all='ignore'):
+        spread = x.std(0)
+        if len(x) < 3 or not (spread > 0).any() or not (np.abs(x.mean(0)) <= 1e-5).all(): return
+    if (np.abs(spread[spread > 0] - 1) <= 1e-5).all():
+        warnings.warn('all features of X have mean 0 and standard deviation 1: they look scaled by the means '
+                      'of these very rows, poisoned ones included, and no certificate covers that. Put '
+                      'StandardScaler() into a pipeline with the estimator, or scale by constants from '
+                      'other data')
 
 def _check_estimator(estimator): # what is cloned
     if isinstance(estimator, type) or not hasattr(estimator, 'fit') or not hasattr(estimator, 'get_params'):
@@ -170,9 +182,8 @@ class SmoothedEnsembleClassifier(Voter, _Settings):
     """Smoothed ensemble of any scikit-learn classifier, certified against backdoors in the training set.
 
     Preprocessing belongs into a pipeline: each clone then fits it on its own noisy rows. Scaling by constants
-    that were known before is fine too. Preprocessing that was fitted on the training rows before the noise
-    cannot be seen from here, and no certificate covers it. Plain nearest centroids answer with votes, and
-    their class means are drawn directly."""
+    that were known before is fine too. No certificate covers preprocessing fitted on the training rows before
+    the noise; a warning tells where it shows. Plain nearest centroids vote; their means are drawn."""
     def fit(self, X, # (n, ...) inputs
             y=None): # (n,) labels of any sortable type
         "Train what is missing of n_estimators models; ValueError for settings and data that cannot work."
@@ -181,6 +192,7 @@ class SmoothedEnsembleClassifier(Voter, _Settings):
         record_features(self, X, x.shape[1:])
         x = x.reshape(len(x), -1)
         spec, plain, data = _settings(self, x, y)
+        _warn_standardised(x)
         warn_scale(x, noise_size(spec.noise), pixels=getattr(X, 'dtype', None) == np.uint8)
         if not (self.warm_start and getattr(self, '_data', None) == data):
             self.groups_ = {}

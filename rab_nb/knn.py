@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import gammaln
+from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
@@ -29,7 +30,9 @@ from .inputs import check_device, check_labels, check_rows, device_name, record_
 from .noise import GaussianNoise
 from .quantised import quantised
 from .rows import ArrayRows, ChunkRows, training_rows
-from .votes import VOTE_LEVELS, knn_integral, nearest_columns
+from .theory import check_relabelled
+from .votes import VOTE_LEVELS, knn_integral, nearest_columns, vote_counts
+
 
 # %% ../nbs/22_knn.ipynb #3383432e
 class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
@@ -69,11 +72,15 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         "The most probable class of every point."
         p = self.predict_proba(X)
         return self.classes_[p.argmax(1)]
-    def certify(self, X, distances=None):
-        "Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains."
-        laws = self.log_proba(X, distances)
+    def certify(self, X, distances=None, label_noise=0.):
+        """Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains.
+
+        With label_noise, of the classifier whose training labels are replaced with that probability as
+        well; they cover wrong labels then (see `with_label_noise`)."""
+        laws = with_label_noise(self, X, distances, label_noise)
         bound = 'exact' if self.n_levels_ is None else 'quantised'
-        return certificate_of(*laws, self.noise_, bound, self.classes_)
+        reach = dict(label_noise=label_noise, n_train=len(self._y))
+        return certificate_of(*laws, self.noise_, bound, self.classes_, **reach)
 
 # %% ../nbs/22_knn.ipynb #926da133
 # distance in u from which hazards are added as logarithms, and how many of them
@@ -706,9 +713,9 @@ def check_given(model, rows, raw, s, norm, relative):
         )
 
 # %% ../nbs/22_knn.ipynb #7a431a5c
-def class_log_probs_of_block(model, x, given=None, rows=None):
-    # (b, d) checked test points; (b, n) their distances, if known; positions
-    "Log probabilities and relative errors of one block of test points, each (b, C)."
+def class_log_probs_of_block(model, x, given=None, rows=None, votes=False):
+    # (b, d) checked test points; (b, n) their distances, if known; positions; the law of the votes instead
+    "Log probabilities and relative errors of one block of test points, each (b, C), or (b, K + 1)."
     rows, relative = range(len(x)) if rows is None else rows, 0.
     raw, t, norm = place_test_points(model, rows, x)
     if given is None:
@@ -720,7 +727,9 @@ def class_log_probs_of_block(model, x, given=None, rows=None):
     tops, spread = settle_rounding(model, raw, s, norm, relative)
     rounding = spread[:, None] * sensitivity(tops, model.n_neighbors_, x.shape[1])
     check_resolution(model, rows, raw, tops, rounding)
-    log_p, error = class_log_probs(model, s, tops)
+    if votes:
+        rounding = spread[:, None] * sensitivity_of_counts(tops, model.n_neighbors_, x.shape[1])
+    log_p, error = (vote_law if votes else class_log_probs)(model, s, tops)
     return log_p, error + rounding*(error > 0)
 
 def own_rounding(given) -> float:
@@ -797,7 +806,7 @@ def missing_mass(log_p, error) -> np.ndarray: # (n, C) logarithms and relative e
         )
     return missing
 
-def class_log_probs_of_all(model, X, distances): # test points; their distances, or None
+def class_log_probs_of_all(model, X, distances, votes=False): # test points; their distances, or None
     "Log probabilities and relative errors of all test points; a ValueError where probability is missing."
     check_is_fitted(model)
     order = None
@@ -812,7 +821,8 @@ def class_log_probs_of_all(model, X, distances): # test points; their distances,
             raise ValueError('distances must be finite numbers >= 0, as `distances(X)` returns them')
         order = distances.min(1).argsort(kind='stable')
     given = lambda rows: None if distances is None else distances[rows]
-    parts = in_blocks(model, X, lambda rows, x: class_log_probs_of_block(model, x, given(rows), rows), order)
+    work = lambda rows, x: class_log_probs_of_block(model, x, given(rows), rows, votes)
+    parts = in_blocks(model, X, work, order)
     back = slice(None) if order is None else order.argsort()
     log_p, error = (np.concatenate(part)[back] for part in zip(*parts))
     missing_mass(log_p, error)
@@ -822,7 +832,8 @@ def class_log_probs_of_all(model, X, distances): # test points; their distances,
 def certificate_of(log_p, error, # (n, C) logarithms and their relative errors
                    noise, # the smoothing noise
                    bound: str = 'exact', # or 'quantised', for the paper's classifier
-                   classes=None # (C,) labels; None: 0 .. C-1
+                   classes=None, # (C,) labels; None: 0 .. C-1
+                   **reach # label_noise and n_train of `exact_certificate`
                   ):
     "Certificate from probabilities rounded to the safe side; a ValueError where probability is missing."
     with np.errstate(divide='ignore'):
@@ -831,4 +842,60 @@ def certificate_of(log_p, error, # (n, C) logarithms and their relative errors
     others = np.where(np.arange(log_p.shape[1]) == top[:, None], -np.inf, upper)
     logs = [np.minimum(np.logaddexp(rivals, missing), 0) for rivals in (log_sum(others), others.max(1))]
     classes = log_p.shape[1] if classes is None else check_classes(classes, log_p.shape[1])
-    return exact_certificate(top, -np.expm1(logs[0]), np.exp(logs[1]), noise, *logs, bound, classes)
+    return exact_certificate(top, -np.expm1(logs[0]), np.exp(logs[1]), noise, *logs, bound, classes,
+                             **reach)
+
+# %% ../nbs/22_knn.ipynb #7e11b002
+def vote_law(model, s, tops): # (b, n) distances, (b, 2, k) nearest of both classes -> two arrays (b, k + 1)
+    "Log probabilities, and their errors, that class 1 has 0 ... k of the k votes."
+    y, k, d, n = model._y, model.n_neighbors_, model.n_features_in_, s.shape[1]
+    kth, lead, level = deciding_distances(tops, k)[2], tops[:, :, 0].min(1), np.zeros(tops.shape[:2])
+    box = integration_box(s, d, k, lead, kth, kth, *highest_peaks(lead, level, d, k, n, kth))
+    if not box[3].max(initial=0) < FARTHEST_DISTANCE:
+        raise ValueError(too_far(k, box[3].max()))
+    (log_p, error), rows, before = np.empty((2, len(s), k + 1)), np.arange(len(s)), np.full(len(s), np.inf)
+    for step, detail in VOTE_LEVELS:
+        for grid, j in group_by_window(*box, rows, step).items():
+            log_p[j], error[j], *_ = knn_integral(s[j], y, 2, d, k, grid, detail, vote_counts)
+        worst = (np.exp(log_p) * error).sum(1)
+        rows = rows[((worst > 1e-9) & (worst < before/2))[rows]]
+        before[rows] = worst[rows]
+    return log_p, error
+
+def sensitivity_of_counts(tops, k: int, d: int) -> np.ndarray: # (b, 2, k), as in `sensitivity` -> (b, k + 1)
+    "Bound on the change of log probabilities of `vote_law` with the squared distances that matter."
+    first = np.zeros((len(tops), 1))
+    need = np.maximum(np.hstack([first, tops[:, 1]]), np.hstack([first, tops[:, 0]])[:, ::-1])
+    kth = deciding_distances(tops, k)[2][:, None]
+    gap = np.clip(np.sqrt(d + need**2) - np.sqrt(d + kth**2), 0, FAR_GAP)
+    u = np.sqrt(d + kth**2) + gap + 10
+    return k * (1 + u*u/(2*d) + u/(2*d)*(gap + 12))
+
+# %% ../nbs/22_knn.ipynb #7e11b004
+def noisy_shares(k: int, flip: float) -> np.ndarray: # (2, k + 1)
+    "Chance that class 0 and class 1 win the noisy vote if class 1 has 0 ... k of the k clean labels."
+    law = lambda n, p: binom.pmf(np.arange(n + 1), n, p)
+    votes = np.array([np.convolve(law(j, 1 - flip), law(k - j, flip)) for j in range(k + 1)])
+    return np.array([votes[:, :k//2 + 1].sum(1), votes[:, k//2 + 1:].sum(1)]) # class 0 wins ties
+
+def with_label_noise(model, X, distances, flip: float): # as in `log_proba`; probability of another label
+    """`log_proba` of the classifier with label noise, exact for one neighbour, and for two classes.
+
+    ValueError for flip outside of [0, 1 - 1/C), and for more classes with more neighbours."""
+    check_is_fitted(model)
+    k, C = model.n_neighbors_, len(model.classes_)
+    if not isinstance(flip, (int, float, np.number)) or isinstance(flip, bool):
+        raise ValueError(f'label_noise must be a number, got {flip!r}')
+    check_relabelled(flip, 0, max(C, 2))
+    if flip and C == 1:
+        raise ValueError('label_noise needs two classes or more in the training labels, got one')
+    if flip and k > 1 and C > 2:
+        raise ValueError(f'with label_noise and n_neighbors={k} votes are computed for two classes, got {C}: '
+                         'use n_neighbors=1, or two of the classes')
+    log_p, error = class_log_probs_of_all(model, X, distances, votes=bool(flip) and k > 1)
+    if not flip: return log_p, error
+    p = np.exp(log_p)
+    mixed = noisy_shares(k, flip) if k > 1 else np.where(np.eye(C), 1 - flip, flip / (C - 1))
+    found, lost = p @ mixed.T, np.where(p > 0, p*error, 0) @ mixed.T
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.log(found), np.where(found > 0, lost / found, 0) + 1e-14*k

@@ -202,7 +202,7 @@ def _by_labels(law, log_p): # (m,) -> (m,) least and (m,) most clean probability
     q, c, p = np.exp(law.log_poisoned[::-1]), np.exp(law.log_clean[::-1]), np.exp(log_p) # best outcomes first
     before = np.r_[0., q.cumsum()]
     i = np.clip(np.searchsorted(before, p, 'right') - 1, 0, len(q) - 1)
-    part = np.clip((p - before[i]) / q[i], 0, 1) # of outcome i
+    part = np.clip((p - before[i]) / np.maximum(q[i], 1e-300), 0, 1) # of outcome i
     rest = np.r_[c[::-1].cumsum()[::-1], 0.][i + 1]
     return rest + (1 - part) * c[i] - law.dropped, np.r_[0., c.cumsum()][i] + part * c[i] + law.dropped
 
@@ -250,7 +250,7 @@ def _most_quantile(law, s, z): # (m,) each -> (m,) F(s, z)
     out, log_p = np.empty(len(s)), log_ndtr(-z)
     for i in range(0, len(s), max(_CELLS // len(law.k), 1)):
         part = slice(i, i + max(_CELLS // len(law.k), 1))
-        t, above, _ = _level(law, s[part], log_p[part], _guess(law, s[part], log_p[part]), 1e-8)
+        t, above, _ = _level(law, s[part], log_p[part], _guess(law, s[part], log_p[part]), 1e-10)
         ends = (_extreme(law, s[part], log_p[part], t, above, v) for v in (True, False))
         most, least = (np.minimum(v, -1e-300) for v in ends)
         out[part] = np.where(most < least, -ndtri_exp(most), ndtri_exp(least))
@@ -260,7 +260,7 @@ _PLACES = np.cos(np.pi * (np.arange(16) + .5) / 16)
 
 def _fit(values): # (..., 16) at the places -> Chebyshev coefficients, and which are resolved to rounding
     c = values @ np.linalg.inv(np.polynomial.chebyshev.chebvander(_PLACES, 15)).T
-    return c, np.abs(c[..., -3:]).max(-1) < 3e-13 * (1 + np.abs(c).max(-1))
+    return c, np.abs(c[..., -3:]).max(-1) < 1e-13 * (1 + .05 * np.abs(c).max(-1))
 
 # %% ../nbs/23_labels.ipynb #1abe0044
 def _quantiles(law, s, z): # (k,) shifts, (m,) quantiles in order -> (m, k) F(s_i, z_j), NaN if not resolved
@@ -324,7 +324,8 @@ def _shift_of_pairs(log_q_a, log_p_b, law): # (m,), (m,) -> (m,) shifts, NaN whe
     pairs, back = np.unique([log_q_a, log_p_b], axis=1, return_inverse=True)
     law, (z_a, z_b) = _trimmed(law, pairs.min()), -ndtri_exp(pairs)
     out, high = np.full(len(z_a), np.nan), (z_a + z_b) / 2
-    smooth = 1.2 * law.step * np.diff(law.k).min() # two classes: outcomes two steps apart
+    smooth = 1.2 * law.step * np.diff(law.k).min(initial=2) # two classes: outcomes two steps apart
+    smooth = max(smooth, .003 * high.max(initial=0)) # panels close to 0 are narrow, and few roots lie there
     rows = high > smooth
     if rows.sum() > 100:
         out[rows] = _tabulated(law, z_a[rows], z_b[rows], smooth)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'LevelSets', 'xi_over_sets', 'line_cells', 'Product',
-           'closed_form', 'least_vote', 'robustness_condition', 'condition_margin', 'gaussian_radius',
+           'closed_form', 'least_vote', 'check_numbers', 'robustness_condition', 'condition_margin', 'gaussian_radius',
            'relabelled_radius', 'check_relabelled', 'joint_norm', 'check_interval', 'uniform_certifies',
            'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius', 'relabelled_share',
            'relabelled_laplace_radius']
@@ -290,9 +290,16 @@ def least_vote(eps, # law: masses over atoms, scipy.stats, Product, a noise, or 
     fine, coarse = (_component_cells(pairs, m) for m in (n, n // 2))
     return fine.least(p), 4 * np.interp(p, fine.cum_p, _interpolation_error(fine, coarse))
 
+def check_numbers(name: str, value # of any shape
+                 ) -> np.ndarray: # float64
+    "ValueError, with its name, where a value holds something else than numbers."
+    array = np.asarray(value)
+    if array.dtype.kind not in 'iuf': raise ValueError(f'{name} must hold numbers, got {value!r}')
+    return array.astype(float)
+
 def _check_probability(name, p):
     "`p` as float64, or ValueError where it leaves [0, 1]."
-    p = np.asarray(p, float)
+    p = check_numbers(name, p)
     bad = ~((p >= 0) & (p <= 1))
     if bad.any():
         raise ValueError(f'{name} must lie in [0, 1], got {p[bad].flat[0]}; clip it or check how it was '
@@ -324,7 +331,7 @@ def condition_margin(eps, # law of the noise, see `least_vote`
 # %% ../nbs/00_theory.ipynb #a0d3b064
 def _check_log_probability(name, log_p):
     "`log_p` as float64, or ValueError where it is positive or NaN."
-    log_p = np.asarray(log_p, float)
+    log_p = check_numbers(name, log_p)
     bad = ~(log_p <= 0)
     if bad.any():
         raise ValueError(f'{name} must be the logarithm of a probability, <= 0, got {log_p[bad].flat[0]}')
@@ -361,7 +368,8 @@ def gaussian_radius(p_a, # lower bound of the winner's probability, in [0, 1], a
                     log_p_b=None # log(p_b): exact where p_b underflows
                    ): # certified total l2 norm of all patterns together; 0 where nothing is certified
     "sigma/2 (ppf(p_a) - ppf(p_b)), the right-hand side of (24), to 1e-12 relative."
-    p_a, p_b, sigma = _check_probability('p_a', p_a), _check_probability('p_b', p_b), np.asarray(sigma, float)
+    p_a, p_b = _check_probability('p_a', p_a), _check_probability('p_b', p_b)
+    sigma = check_numbers('sigma', sigma)
     if not (np.isfinite(sigma) & (sigma > 0)).all():
         raise ValueError(f'sigma must be a finite number > 0, got {sigma}')
     if log_q_a is not None:
@@ -405,7 +413,8 @@ def check_relabelled(flip, # probability that a label is replaced, in [0, 1 - 1/
     "ValueError where flip, n_relabelled or n_classes is outside of its range."
     if isinstance(n_classes, bool) or not isinstance(n_classes, (int, np.integer)) or n_classes < 2:
         raise ValueError(f'n_classes must be a whole number >= 2, got {n_classes!r}')
-    if np.ndim(flip) or not 0 <= flip * n_classes < n_classes - 1:
+    number = isinstance(flip, (int, float, np.integer, np.floating)) and not isinstance(flip, bool)
+    if not number or not 0 <= flip * n_classes < n_classes - 1:
         raise ValueError(f'flip must be one number in [0, {1 - 1 / n_classes:.4g}), so that the true label '
                          f'stays the likeliest of {n_classes} classes; got {flip!r}')
     rows = np.asarray(n_relabelled)
@@ -455,13 +464,13 @@ def joint_norm(pattern_norms, # l2 norms of the marks in training rows, any shap
     Without marks on the test input it is the total norm of (24); without marks in training, sigma /
     test_sigma times the norm of Cohen et al. (2019). ValueError for a marked test input without noise, and
     for values out of range."""
-    norms = np.ravel(np.asarray(pattern_norms, float))
+    norms = np.ravel(check_numbers('pattern_norms', pattern_norms))
     for name, value in dict(pattern_norms=norms, test_norm=test_norm).items():
-        value = np.asarray(value, float)
+        value = check_numbers(name, value)
         if not (np.isfinite(value) & (value >= 0)).all():
             raise ValueError(f'{name} must be finite and >= 0, got {value}')
     for name, value in dict(sigma=sigma, test_sigma=test_sigma or 1.).items():
-        if not (np.isfinite(value) and value > 0):
+        if np.ndim(value) or not 0 < check_numbers(name, value) < np.inf:
             raise ValueError(f'{name} must be a finite number > 0, got {value!r}')
     if test_norm and not test_sigma:
         raise ValueError(f'a mark of norm {test_norm} on the test input is covered only by noise of its own '
@@ -515,7 +524,8 @@ def laplace_radius(p_a, # lower bound of the winner's probability, in [0, 1], an
                    log_p_b=None # log(p_b): exact far out in the tails
                   ): # certified total l1 norm of all patterns together; 0 where nothing is certified
     "scale/2 (ppf(p_a) - ppf(p_b)) of the standard Laplace law."
-    p_a, p_b, scale = _check_probability('p_a', p_a), _check_probability('p_b', p_b), np.asarray(scale, float)
+    p_a, p_b = _check_probability('p_a', p_a), _check_probability('p_b', p_b)
+    scale = check_numbers('scale', scale)
     if not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f'scale must be a finite number > 0, got {scale}')
     if log_q_a is not None:

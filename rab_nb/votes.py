@@ -267,6 +267,13 @@ def wins(pair # (2, K + 1, C, ...)
             out[c] += np.einsum('k...,k...->...', V, others[1]) + np.einsum('k...,k...->...', D, others[0])
     return out
 
+# %% ../nbs/internals/votes.ipynb #7e11a002
+def vote_counts(pair # (2, K + 1, 2, ...)
+               ) -> np.ndarray: # (K + 1, ...)
+    "Rate at which the K-th neighbour arrives and class 1 then has 0 ... K votes, class 0 the others."
+    (v0, v1), (d0, d1) = pair.swapaxes(1, 2)
+    return v0[::-1] * d1 + d0[::-1] * v1
+
 # %% ../nbs/internals/votes.ipynb #5c1f0a5d
 def _live(inside, n: int, k: int
           # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours
@@ -326,12 +333,12 @@ class _Laws:
     binned: bool # are they nodes of bins?
     cells: int = 0 # powers in a cell of a bin
 
-    def rates(self, columns, k: int, n_classes: int # neighbours
-             ) -> tuple: # (b, C, len), (b, len)
+    def rates(self, columns, k: int, n_classes: int, ends=wins # neighbours; or `vote_counts`
+             ) -> tuple: # (b, C, len), or (b, K + 1, len); (b, len)
         "Rates at which the vote ends, and their relative errors."
         far = self.far and self.far(columns)
         pair, doubt = _votes(self.near(columns), far, self.w, self.binned, k, self.cells)
-        found = wins(pair.reshape(2, k + 1, -1, n_classes, len(columns)).swapaxes(2, 3))
+        found = ends(pair.reshape(2, k + 1, -1, n_classes, len(columns)).swapaxes(2, 3))
         return found.swapaxes(0, 1), doubt.reshape(-1, n_classes, len(columns)).sum(1)
 
 def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws:
@@ -378,7 +385,11 @@ def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at, stride: int =
 # %% ../nbs/internals/votes.ipynb #8f93c75b
 VOTE_LEVELS = (1/16, 1), (1/64, 1), (1/128, 4), (1/256, 16) # step of the rule; how much finer bins are
 
-def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: int # as above; on this window
+def _outcomes(top, k: int, ends) -> tuple: # (b, C), or (b, K + 1)
+    return len(top), (top.shape[1] if ends is wins else k + 1)
+
+def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: int, ends
+               # as above; on this window; as in `rates`
               ) -> tuple: # as `_nested`
     "The vote at test points that are alike, by their bins."
     if grid[4] > 1/64 and batches > 2:
@@ -389,9 +400,10 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
     live = columns[_live(inside, len(rest[0]), k)]
     if not len(live):
         live = columns
-    return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, live, stride, top.shape[:2])
+    return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, live, stride,
+                   _outcomes(top, k, ends))
 
-def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as above
+def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # as above
     """The vote at test points that are alike, where few training points are within reach: first at few radii,
     then where the integrand lives."""
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
@@ -400,7 +412,8 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as abov
     live = columns[_live(_factors(near(columns))[1].reshape(*top.shape, -1), len(rest[0]), k)]
     if len(live):
         columns = np.arange(live[0], live[-1] + 1, stride)
-    rates = _laws_of_points(top, rest, y, d, k, grid, columns, stride).rates(columns, k, top.shape[1])[0]
+    rates = _laws_of_points(top, rest, y, d, k, grid, columns, stride).rates(columns, k, top.shape[1],
+                                                                                   ends)[0]
     with np.errstate(divide='ignore'):
         log_f = np.log(rates) + np.log(weight[columns])
     found = np.flatnonzero((log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)).any((0, 1)))
@@ -408,7 +421,31 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple) -> tuple: # as abov
         columns = columns[max(found[0] - 1, 0):found[-1] + 2]
     fine = np.arange(max(0, columns[0] - stride), min(columns[-1] + stride + 1, len(u)))
     laws = _laws_of_points(top, rest, y, d, k, grid, fine)
-    return _nested(lambda at: laws.rates(at, k, top.shape[1]), u, weight, columns, stride, top.shape[:2])
+    return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, columns, stride,
+                   _outcomes(top, k, ends))
+
+
+# %% ../nbs/internals/votes.ipynb #7e11a004
+def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # as above
+    """The vote at test points that are alike, where few training points are within reach: first at few radii,
+    then where the integrand lives."""
+    (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
+    near = _laws_of_points(top, rest[:, :0], y, d, k, grid, np.arange(0, len(u), stride), stride).near
+    columns = np.arange(0, len(u), stride)
+    live = columns[_live(_factors(near(columns))[1].reshape(*top.shape, -1), rest.shape[1], k)]
+    if len(live):
+        columns = np.arange(live[0], live[-1] + 1, stride)
+    laws = _laws_of_points(top, rest, y, d, k, grid, columns, stride)
+    rates = laws.rates(columns, k, top.shape[1], ends)[0]
+    with np.errstate(divide='ignore'):
+        log_f = np.log(rates) + np.log(weight[columns])
+    found = np.flatnonzero((log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)).any((0, 1)))
+    if len(found):
+        columns = columns[max(found[0] - 1, 0):found[-1] + 2]
+    fine = np.arange(max(0, columns[0] - stride), min(columns[-1] + stride + 1, len(u)))
+    laws = _laws_of_points(top, rest, y, d, k, grid, fine)
+    shape = _outcomes(top, k, ends)
+    return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, columns, stride, shape)
 
 # %% ../nbs/internals/votes.ipynb #8f93c763
 # points in a unit of distance that are told apart instead of being put into bins, if no other test point
@@ -421,11 +458,12 @@ def _few_within(rest, size: int, grid: tuple, batches: float) -> bool:
     most = _FEW*(grid[3] - grid[2])/batches - size
     return most > 0 and count_below(rest, grid[3]) <= most
 
-def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, total: int
+def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, total: int, ends
                  # rows of distances, which are changed and put right again; as in `knn_integral`; test points
                 ) -> tuple: # as `knn_integral`, without the errors of tables
     "The vote at a few test points: their nearest points are moved out of the way meanwhile."
-    (log_p, error), (low, high) = np.empty((2, len(s), n_classes)), np.empty((2, len(s)))
+    outcomes = n_classes if ends is wins else k + 1
+    (log_p, error), (low, high) = np.empty((2, len(s), outcomes)), np.empty((2, len(s)))
     found = [nearest_columns(part, y, n_classes, _set_apart(k, finer)) for _, part in row_groups(s)]
     top, columns = (torch.cat(a) for a in zip(*found))
     moved = [row[some] for row, some in zip(s, columns)]
@@ -436,19 +474,19 @@ def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, 
         for j in _alike(top[:, :, -1].min(1), max(1, 128//k)):
             batch, batches = (top[j], [s[i] for i in j], y, k, d, grid), total/len(j)
             few = _few_within(batch[1], batch[0].size, grid, batches)
-            found = _few_in_batch(*batch) if few else _one_batch(*batch, finer, batches)
+            found = _few_in_batch(*batch, ends) if few else _one_batch(*batch, finer, batches, ends)
             log_p[j], error[j], (low[j], high[j]) = found
     finally:
         for row, some, values in zip(s, columns, moved):
             row[some] = values
     return log_p, error, low, high
 
-def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int
-                 # as in `one_nn_integrand`; neighbours
-                ) -> tuple: # (b, C) log probabilities and relative errors, (b,) lowest and highest u
+def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, ends=wins
+                 # as in `one_nn_integrand`; neighbours; `vote_counts`: the law of the votes of class 1
+                ) -> tuple: # (b, C) or (b, K + 1) log probabilities, relative errors; (b,) range of u
     "The K-nearest-neighbour vote on a lattice."
     rows = list(s)
-    found = [_knn_of_rows(rows[i:i + 128], y, n_classes, d, k, grid, finer, len(rows))
+    found = [_knn_of_rows(rows[i:i + 128], y, n_classes, d, k, grid, finer, len(rows), ends)
              for i in range(0, len(rows), 128)]
     log_p, error, low, high = map(np.concatenate, zip(*found))
     return log_p, np.where(np.isfinite(log_p), error + 1e-10 + 1e-12*k, 0), low, high

@@ -207,3 +207,101 @@ def test_flip_ends_where_the_true_label_stops_being_the_likeliest(n_classes):
 def test_without_label_noise_no_wrong_label_is_covered():
     got = relabelled_radius(.999, 1., 0., np.array([0, 1, 7]))
     assert got[0] == gaussian_radius(.999, .001, 1.) and np.isnan(got[1:]).all()
+
+
+def level(total, step, s, log_p):
+    "t with P_poisoned(ratio > t) = p, by Newton steps for log P that a bracket keeps safe"
+    above = lambda t: mp.fsum(p * mp.exp(-k * step) * mp.ncdf(-(t - k * step) / s - s / 2)
+                              for k, p in total.items())
+    slope = lambda t: mp.fsum(p * mp.exp(-k * step) * mp.npdf((t - k * step) / s + s / 2)
+                              for k, p in total.items()) / s
+    top = max(abs(k) for k in total) * step
+    low, high = -top - 60 * s - s * s - 5, top + 5 + s * (60 + mp.sqrt(2 * abs(log_p))) + s * s
+    t = (low + high) / 2
+    for n in range(900):
+        p = above(t)
+        low, high = (t, high) if p > mp.exp(log_p) else (low, t)
+        d = slope(t)
+        new = t + (mp.log(p) - log_p) * p / d if d else low
+        if abs(new - t) < mp.mpf(10)**-28 * (abs(t) + s): return new
+        t = new if low < new < high and n % 4 else (low + high) / 2
+    return t
+
+
+def lead(log_q_a, log_p_b, flip, r, n_classes):
+    "shift -> log of what is left to A over the most that B has, with digits where both are tiny"
+    total, step = law(flip, r, n_classes)
+    def f(s):
+        a, b = level(total, step, s, mp.mpf(log_q_a)), level(total, step, s, mp.mpf(log_p_b))
+        least = mp.fsum(p * mp.ncdf((a - k * step) / s - s / 2) for k, p in total.items())
+        return mp.log(least / mp.fsum(p * mp.ncdf(s / 2 - (b - k * step) / s) for k, p in total.items()))
+    return f
+
+
+PAIRS = [(.5, -690., .3, 1, 3), (.5, -100., .45, 3, 2), (.7, math.log(.05), .6, 1, 3),
+         (-690., -695., .66, 2, 3),
+         (1e-12, -60., .05, 1, 10), (.01, math.log(.01) - 1e-9, .5, 5, 3), (1e-6, -20., .989, 4, 100),
+         (.4, math.log(.35), .8999, 3, 10), (1e-3, -7.5, .6, 12, 3), (1e-9, -40., .2, 6, 4)]
+
+
+@pytest.mark.parametrize('q, log_p_b, flip, r, n_classes', PAIRS)
+def test_a_rival_of_its_own(q, log_p_b, flip, r, n_classes):
+    log_q = q if q < 0 else math.log(q)
+    got = relabelled_radius(1., 1., flip, r, n_classes, 0., log_q_a=log_q, log_p_b=log_p_b)
+    assert right(got, lead(log_q, log_p_b, flip, r, n_classes))
+
+
+@pytest.mark.parametrize('flip, r, n_classes', [(.6, 8, 3), (.88, 10, 10), (.45, 12, 2)])
+def test_thousands_of_rivals(flip, r, n_classes):
+    "Panels, used for many pairs at once, against 36 digits and against the same pairs one by one"
+    g = np.random.default_rng(r)
+    log_q = g.uniform(-50, -1, 600)
+    log_p = log_q - g.exponential(6, 600)
+    many = relabelled_radius(1., 1., flip, r, n_classes, 0., log_q_a=log_q, log_p_b=log_p)
+    for i in (*g.choice(600, 1), np.nanargmin(many)):
+        assert right(many[i], lead(log_q[i], log_p[i], flip, r, n_classes))
+    some = g.choice(600, 60)
+    one = relabelled_radius(1., 1., flip, r, n_classes, 0., log_q_a=log_q[some], log_p_b=log_p[some])
+    assert np.allclose(one, many[some], rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize('two, flip, r, n_classes', [
+    (False, .6, 20, 3), (True, .45, 40, 2), (False, .66, 2, 3)])
+def test_a_thousandth_of_sigma_has_nine_digits(two, flip, r, n_classes):
+    from scipy.optimize import brentq
+    other = 0. if two else -1.1
+    def radius(log_q):
+        logs = dict(log_q_a=log_q, log_p_b=log_q + other)
+        return float(relabelled_radius(1., 1., flip, r, n_classes, 0., **logs))
+    log_q = brentq(lambda v: np.nan_to_num(radius(v), nan=-1.) - .0011, -40, -.05, xtol=1e-13)
+    assert .001 < radius(log_q) < .0012
+    assert right(radius(log_q), lead(log_q, log_q + other, flip, r, n_classes))
+
+
+def test_ten_thousand_values_a_second():
+    "In processor time, with room for slower machines"
+    import time
+    g = np.random.default_rng(0)
+    q = 10**g.uniform(-14, -.5, 10_000)
+    for flip, r, n_classes in ((.5, 5, 3), (.655, 1000, 3), (.89, 1000, 10)):
+        start = time.process_time()
+        logs = dict(log_q_a=np.log(q), log_p_b=np.log(q / 3))
+        got = relabelled_radius(1 - q, 1., flip, r, n_classes, q / 3, **logs)
+        assert time.process_time() - start < 6 and np.isfinite(got).mean() > .9
+
+
+def test_a_rival_that_never_comes():
+    assert relabelled_radius(.9, 1., .3, 1, 3, 0.) == math.inf == gaussian_radius(.9, 0., 1.)
+    deep = relabelled_radius(.5, 1., .3, 1, 3, 0., log_p_b=[-1e3, -1e4, -9e4])
+    alone = gaussian_radius(.5, 0., 1., log_p_b=[-1e3, -1e4, -9e4])
+    assert ((deep < alone) & (deep > .99 * alone)).all()
+
+
+@pytest.mark.parametrize('flip, r, n_classes', [
+    (1e-300, 2, 3), (1e-12, 1, 3), (2/3 - 1e-9, 30, 3), (.5 - 1e-12, 9, 2)])
+def test_flips_at_both_ends(flip, r, n_classes):
+    q = np.array([1e-9, 1e-30, 1e-250])
+    got = relabelled_radius(1., 1., flip, r, n_classes, 0., log_q_a=np.log(q), log_p_b=np.log(q / 9))
+    alone = gaussian_radius(1., 0., 1., log_q_a=np.log(q), log_p_b=np.log(q / 9))
+    assert not (got > alone).any()
+    assert np.allclose(got, alone, rtol=1e-6) if flip > .4 else np.isnan(got[0])
