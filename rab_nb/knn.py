@@ -856,7 +856,8 @@ def vote_law(model, s, tops): # (b, n) distances, (b, 2, k) nearest of both clas
     (log_p, error), rows, before = np.empty((2, len(s), k + 1)), np.arange(len(s)), np.full(len(s), np.inf)
     for step, detail in VOTE_LEVELS:
         for grid, j in group_by_window(*box, rows, step).items():
-            log_p[j], error[j], *_ = knn_integral(s[j], y, 2, d, k, grid, detail, vote_counts)
+            part = s if len(j) == len(s) else [s[i] for i in j]
+            log_p[j], error[j], *_ = knn_integral(part, y, 2, d, k, grid, detail, vote_counts)
         worst = (np.exp(log_p) * error).sum(1)
         rows = rows[((worst > 1e-9) & (worst < before/2))[rows]]
         before[rows] = worst[rows]

@@ -403,6 +403,7 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
     return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, live, stride,
                    _outcomes(top, k, ends))
 
+# %% ../nbs/internals/votes.ipynb #7e11a004
 def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # as above
     """The vote at test points that are alike, where few training points are within reach: first at few radii,
     then where the integrand lives."""
@@ -412,8 +413,8 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # a
     live = columns[_live(_factors(near(columns))[1].reshape(*top.shape, -1), len(rest[0]), k)]
     if len(live):
         columns = np.arange(live[0], live[-1] + 1, stride)
-    rates = _laws_of_points(top, rest, y, d, k, grid, columns, stride).rates(columns, k, top.shape[1],
-                                                                                   ends)[0]
+    rates = _laws_of_points(top, rest, y, d, k, grid, columns, stride).rates(
+        columns, k, top.shape[1], ends)[0]
     with np.errstate(divide='ignore'):
         log_f = np.log(rates) + np.log(weight[columns])
     found = np.flatnonzero((log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)).any((0, 1)))
@@ -423,29 +424,6 @@ def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # a
     laws = _laws_of_points(top, rest, y, d, k, grid, fine)
     return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, columns, stride,
                    _outcomes(top, k, ends))
-
-
-# %% ../nbs/internals/votes.ipynb #7e11a004
-def _few_in_batch(top, rest, y, k: int, d: int, grid: tuple, ends) -> tuple: # as above
-    """The vote at test points that are alike, where few training points are within reach: first at few radii,
-    then where the integrand lives."""
-    (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
-    near = _laws_of_points(top, rest[:, :0], y, d, k, grid, np.arange(0, len(u), stride), stride).near
-    columns = np.arange(0, len(u), stride)
-    live = columns[_live(_factors(near(columns))[1].reshape(*top.shape, -1), rest.shape[1], k)]
-    if len(live):
-        columns = np.arange(live[0], live[-1] + 1, stride)
-    laws = _laws_of_points(top, rest, y, d, k, grid, columns, stride)
-    rates = laws.rates(columns, k, top.shape[1], ends)[0]
-    with np.errstate(divide='ignore'):
-        log_f = np.log(rates) + np.log(weight[columns])
-    found = np.flatnonzero((log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)).any((0, 1)))
-    if len(found):
-        columns = columns[max(found[0] - 1, 0):found[-1] + 2]
-    fine = np.arange(max(0, columns[0] - stride), min(columns[-1] + stride + 1, len(u)))
-    laws = _laws_of_points(top, rest, y, d, k, grid, fine)
-    shape = _outcomes(top, k, ends)
-    return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, columns, stride, shape)
 
 # %% ../nbs/internals/votes.ipynb #8f93c763
 # points in a unit of distance that are told apart instead of being put into bins, if no other test point
