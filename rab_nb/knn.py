@@ -19,10 +19,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .bins import BIN, CACHED_VALUES, CELLS, CUDA_VALUES, FARTHEST_DISTANCE, FAR_GAP, SMALLEST_LOG_P
-from .bins import concentration_bound, count_below, count_far_above, gaps, group_by_window, highest_peaks
-from .bins import integration_box, log_sum, max_deviation, max_relevant_distance, nearest, on_host
-from .bins import over_bins, row_groups, too_far, trapezoid, unsettled, weights_at_nodes
+from .bins import BIN, CACHED_VALUES, CELLS, CUDA_VALUES, FARTHEST_DISTANCE, FAR_GAP
+from .bins import SMALLEST_LOG_P, concentration_bound, count_below, count_far_above, gaps
+from .bins import group_by_window, highest_peaks, integration_box, log_sum, max_deviation
+from .bins import max_relevant_distance, nearest, on_host, over_bins, row_groups, too_far
+from .bins import trapezoid, unsettled, weights_at_nodes
 from .certificate import check_classes, exact_certificate
 from .chi import columns, rule
 from .inputs import check_device, check_labels, check_rows, device_name, record_features, warn_scale
@@ -47,11 +48,9 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         self.device, self.n_jobs, self.verbose, self.max_memory = device, n_jobs, verbose, max_memory
     def fit(self, X, y=None):
         """Keep the training set: X (n, d) or (n, c, h, w) and y (n,) labels, or X a function that returns an
-        iterator of chunks (X, y), and no y.
-
-        An `np.memmap` and chunks are never held in memory as a whole; they are read again whenever points are
-        certified. ValueError for bad rows and labels, named by their place, for chunks of several shapes or
-        that can be read once only, and, when points are certified, for training sets that have changed."""
+        iterator of chunks (X, y), and no y. An `np.memmap` and chunks are never held in memory as a whole.
+        ValueError for bad rows and labels, named by their place, for chunks of several shapes or that can be
+        read once only, and, when points are certified, for training sets that have changed."""
         return prepare(self, X, y)
     def distances(self, X):
         """Distances (n_points, n_train) before noise, for classifiers fitted to the same inputs with another
@@ -62,13 +61,11 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         `class_log_probs_of_all`."""
         return class_log_probs_of_all(self, X, distances)
     def predict_proba(self, X):
-        """Probabilities (n, C) of the classes in `classes_`, not normalised: they add up to 1 within their
-        errors."""
+        "Probabilities (n, C) of `classes_`, not normalised: they add up to 1 within their errors."
         return np.minimum(np.exp(self.log_proba(X)[0]), 1)
     def predict(self, X):
         "The most probable class of every point."
-        p = self.predict_proba(X)
-        return self.classes_[p.argmax(1)]
+        return self.classes_[self.predict_proba(X).argmax(1)]
     def certify(self, X, distances=None):
         "Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains."
         laws = self.log_proba(X, distances)
@@ -197,7 +194,8 @@ def integrate(log_f, u, near, d: int, p
     tables = 3e-10 + (1e-12 + d*1e-15)*np.abs(np.maximum(log_p, -1e4))
     peak, depth = u[log_f.argmax(-1)], np.maximum(log_p, -1e4)
     bins = bin_error(near, peak, depth, d, p)
-    bins += bin_error(near, peak, depth, d, np.where(np.greater(p, 0), powers_in_cells(np.max(p)), 0), BIN/CELLS)
+    powers = np.where(np.greater(p, 0), powers_in_cells(np.max(p)), 0)
+    bins += bin_error(near, peak, depth, d, powers, BIN/CELLS)
     return log_p, np.where(np.isfinite(log_p), change + ends + bins + tables, 0)
 
 # %% ../nbs/22_knn.ipynb #1a10d2fc
@@ -316,6 +314,7 @@ def arranged(rows, number, n_classes: int, size: int = None # (n,) class numbers
     counts = np.bincount(number, minlength=n_classes)
     return Arranged(rows, number.astype(np.int8), counts.cumsum() - counts, size)
 
+# %% ../nbs/22_knn.ipynb #22000010
 def pieces(x, shift, sigma):
     # `Arranged`, or an (n, d) tensor; (d,) its centre, noise; or a kept copy with shift None
     """The training set in float64, centred and in units of sigma, a piece at a time: (columns of its
@@ -354,10 +353,11 @@ def noiseless_distances(x, shift, sigma, norms, t):
     # numpy asks the system for large pages, which are ten times faster to get
     out = shared(np.empty((len(t), len(x)))) if on_host(t) else t.new_empty(len(t), len(x))
     blocks, t_norms = feature_blocks(t.shape[1]), squares(t)[:, None]
+    most = max(512, 2*(CACHED_VALUES if on_host(t) else CUDA_VALUES) // len(t))
     for span, piece in pieces(x, shift, sigma):
         if shift is not None:
             check_norms(piece, norms[span])
-        for k in range(0, len(piece), most := max(512, 2*(CACHED_VALUES if on_host(t) else CUDA_VALUES) // len(t))):
+        for k in range(0, len(piece), most):
             some, to = piece[k:k + most], slice(span.start + k, span.start + k + most)
             part = out[:, to.start:to.start + len(some)]
             torch.addmm(norms[to][:len(some)], t[:, blocks[0]], some[:, blocks[0]].T, alpha=-2, out=part)
@@ -366,6 +366,7 @@ def noiseless_distances(x, shift, sigma, norms, t):
             part.add_(t_norms).clamp_(min=0).sqrt_()
     return out
 
+# %% ../nbs/22_knn.ipynb #22000012
 def squares(x): # (n, d) torch -> (n,)
     "Squared norms of rows."
     return sum(x[:, j].square().sum(1) for j in feature_blocks(x.shape[1]))
@@ -495,6 +496,7 @@ def settle_rounding(model, raw, s, norm, relative=0.):
     tops[bad] = of_classes(s[bad]) if len(bad) else tops[bad]
     return tops, spread
 
+# %% ../nbs/22_knn.ipynb #22000014
 def by_differences(model, again, s, raw): # pairs of a test point and columns; (b, n), (b, d)
     "Put distances in their places that are computed by differences of the features as they came."
     wanted = np.unique(np.concatenate([span.cpu().numpy() for _, span in again] or [np.empty(0, int)]))
@@ -590,7 +592,8 @@ def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter
     "The plan for a budget, or a ValueError where it cannot be kept."
     n, d = rows.n, math.prod(rows.shape)
     least = PER_POINT*n + 8*n*8 + 3*8*d*min(n, 64)
-    budget = max(2*KEEP_BYTES, least + 8*n*16) if max_memory is None else check_count('max_memory', max_memory, 1)
+    budget = max(2*KEEP_BYTES, least + 8*n*16)
+    budget = budget if max_memory is None else check_count('max_memory', max_memory, 1)
     if budget < least:
         raise ValueError(f'max_memory={max_memory} bytes are too few: {n} training points of {d} features need '
                          f'{least} at least, for their norms and labels and the distances of one test point')
@@ -600,7 +603,8 @@ def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter
     size = max(1, min(PIECE_BYTES, (rest - 64*n)//12) // (8*d))
     rest = min(rest, BLOCK_BYTES) if max_memory is None else rest
     points = max(1, min(MOST_POINTS, (rest//2 - 24*d*size)//(8*n) - 7))
-    at_a_time = 1 if isinstance(rows, ChunkRows) or device != 'cpu' else rest // (8*n*(points + 7) + 24*d*size)
+    at_a_time = rest // (8*n*(points + 7) + 24*d*size)
+    at_a_time = 1 if isinstance(rows, ChunkRows) or device != 'cpu' else at_a_time
     return Plan(8*n*d if copy <= keep else 0, size, points, max(1, at_a_time))
 
 # %% ../nbs/22_knn.ipynb #c3c35bb5
