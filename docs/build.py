@@ -21,7 +21,7 @@ from links import Files, Names, Numbers, last_sentence, plain, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ('paper', 'cpu')  # those whose results are committed, the nearest to the paper first
-TUTORIALS = ['own_data', 'own_model', 'certificate', 'which_noise', 'which_defence', 'scaling', 'errata']  # in reading order; others follow
+TUTORIALS = ['own_data', 'own_model', 'embeddings', 'certificate', 'which_noise', 'which_defence', 'scaling', 'errata']  # in reading order; others follow
 INTERNALS = ['stacked', 'pool', 'training', 'chi', 'bins', 'rows', 'votes', 'quantised', 'store', 'workers', 'experiments', 'profiles', 'tables', 'report', 'cli']
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.+?)\s*$', re.M)
 LIMIT = 30e6

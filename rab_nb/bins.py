@@ -50,6 +50,7 @@ def row_groups(s) -> list: # (b, n) or a list of rows -> pairs (positions, (r, n
     if torch.is_tensor(s): return [(g, s[g]) for g in groups]
     return [(g, torch.stack(s[g]) if g.stop - g.start > 1 else s[g.start][None]) for g in groups]
 
+# %% ../nbs/internals/bins.ipynb #b1000031
 def bin_moments(s, # (b, n) distances in units of sigma, torch float64, or a list of rows
                 y, # (n,) class numbers, torch int64
                 n_classes: int, # C
@@ -113,6 +114,7 @@ def _add_powers(sums, s, first: int, n_cells: int, room, offset=None
     for k in range(1, len(sums)):
         sums[k].scatter_add_(0, cell, r if k == 1 else torch.mul(r, r if k == 2 else power, out=power))
 
+# %% ../nbs/internals/bins.ipynb #b1000033
 def cell_sums(s, y, n_classes: int, first: int, n_bins: int, q: int # as in `bin_moments`; powers
              ): # (q, b, C, n_bins * CELLS + 1)
     "Sums of the powers of the places of all points in their cells; the last cell is for points beyond."
@@ -133,6 +135,7 @@ def cell_sums(s, y, n_classes: int, first: int, n_bins: int, q: int # as in `bin
                 _add_powers(into, several[:, some], first*CELLS, cells - 1, room, None if alone else place)
     return out
 
+# %% ../nbs/internals/bins.ipynb #b1000035
 @lru_cache
 def _cells_to_nodes(q: int, p: int) -> np.ndarray: # (q, CELLS, p)
     "From sums of powers in the cells of a bin to weights at its nodes."
@@ -142,10 +145,10 @@ def _cells_to_nodes(q: int, p: int) -> np.ndarray: # (q, CELLS, p)
     return np.einsum('jk,ijm->kim', np.linalg.inv(t**np.arange(q)[:, None]), to_bin)
 
 def weights_at_nodes(s, y, n_classes: int, first: int, n_bins: int, p: int, q: int
-                     # as in `bin_moments`; powers of a cell
+                     # as in `bin_moments`; powers of a cell, 0: no cells
                     ) -> tuple: # (b, C, n_bins * p) weights; q, or 0 if there were no cells
     "Weights at `bin_nodes` by cells where there are many points, otherwise by moments of the bins."
-    if len(s[0]) < n_classes*n_bins*CELLS:
+    if not q or len(s[0]) < n_classes*n_bins*CELLS:
         return node_weights(bin_moments(s, y, n_classes, first, n_bins, p)), 0
     sums = cell_sums(s, y, n_classes, first, n_bins, q)[..., :-1].unflatten(3, (n_bins, CELLS))
     table = torch.as_tensor(_cells_to_nodes(q, p), device=sums.device)

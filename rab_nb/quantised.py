@@ -106,7 +106,7 @@ def increments(s, edges, coefficients): # (n,) distances; (panels + 1,) edges; (
 # %% ../nbs/internals/quantised.ipynb #b3000041
 @lru_cache(maxsize=16)
 def cell_basis(unit: int) -> tuple: # cells of [unit, unit + 1)
-    "Panels of the cells' four nodes, counted from the first in the unit, and values of its polynomials there."
+    "Panels of the cells' four nodes, from the first in the unit, and values of its polynomials there."
     per_unit, t = round(CELLS/BIN), (chebyshev_nodes(4) + 1)/2
     at = unit + ((np.arange(per_unit)[:, None] + t)/per_unit).ravel()
     panel, edge = panel_of(at), np.array([0, 1/32, 1/16, 1/8, 1/4, 1/2, 1])

@@ -6,7 +6,6 @@
 __all__ = ['ArrayRows', 'ChunkRows', 'training_rows']
 
 # %% ../nbs/internals/rows.ipynb #77000003
-import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -72,13 +71,14 @@ class ArrayRows:
             ) -> Iterator: # (positions in `rows`, their (m, d) rows)
         "Some rows."
         for k in range(0, len(rows), size):
-            yield np.arange(k, min(k + size, len(rows))), np.asarray(self.x[rows[k:k + size]]).reshape(-1, math.prod(self.shape))
+            some = np.asarray(self.x[rows[k:k + size]])
+            yield np.arange(k, k + len(some)), some.reshape(len(some), -1)
 
 # %% ../nbs/internals/rows.ipynb #77000014
 def _pair(chunk, number): # one chunk, its number -> arrays of inputs and labels
     if not isinstance(chunk, (tuple, list)) or len(chunk) != 2:
-        raise ValueError(f'chunk {number} must be a pair (X, y), got {type(chunk).__name__}: without labels in '
-                         'y, every chunk of X brings its own')
+        raise ValueError(f'chunk {number} must be a pair (X, y), got {type(chunk).__name__}: without labels '
+                         'in y, every chunk of X brings its own')
     x, y = to_array(chunk[0], f'X of chunk {number}'), np.asarray(chunk[1])
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f'X of chunk {number} must be a non-empty array of shape (n, ...), '
@@ -89,57 +89,52 @@ def _pair(chunk, number): # one chunk, its number -> arrays of inputs and labels
     return x, y
 
 def _one_kind(labels): # list of arrays of labels; texts and numbers must not be mixed
+    if not labels:
+        raise ValueError('X has no chunks: pass a function that returns a new iterator each time')
     kind = lambda y: 'texts' if y.dtype.kind in 'US' else 'objects' if y.dtype.kind == 'O' else 'numbers'
     odd = [c for c, y in enumerate(labels) if kind(y) != kind(labels[0])]
     if odd:
-        raise ValueError(f'y of chunk 0 holds {kind(labels[0])} and y of chunk {odd[0]} {kind(labels[odd[0]])}: '
-                         'give all chunks labels of one type')
+        raise ValueError(f'y of chunk 0 holds {kind(labels[0])} and y of chunk {odd[0]} '
+                         f'{kind(labels[odd[0]])}: give all chunks labels of one type')
+    return labels
+def _pairs(chunks, shape): # function or list; of an input, None: as in the first chunk -> checked pairs
+    if isinstance(chunks, Iterator):
+        raise ValueError('X is an iterator, which is empty after one round, and the training set is read '
+                         'in several: pass a function that returns a new iterator, X=lambda: chunks(...)')
+    for number, chunk in enumerate(chunks() if isinstance(chunks, Callable) else chunks):
+        x, y = _pair(chunk, number)
+        shape = x.shape[1:] if shape is None else shape
+        if x.shape[1:] != shape:
+            raise ValueError(f'X of chunk {number} has inputs of shape {x.shape[1:]}, and the first chunk '
+                             f'of shape {shape}: give all chunks the same features')
+        yield x, y
 
 # %% ../nbs/internals/rows.ipynb #77000015
 class ChunkRows:
-    """Training inputs in chunks (X, y) that can be asked for again and again; ValueError where a chunk has
-    another shape than the first, and where a later round brings other chunks than the first."""
-    def __init__(self, chunks # function that returns an iterator of pairs (X, y), or a list of pairs
-                ):
-        if isinstance(chunks, Iterator):
-            raise ValueError('X is an iterator, which is empty after one round, and the training set is read '
-                             'in several: pass a function that returns a new iterator, X=lambda: chunks(...)')
-        self.chunks, self.file, self.starts, labels = chunks, None, [0], []
+    "Chunks (X, y) of one shape, the same in every round; ValueError where they are not."
+    def __init__(self, chunks): # function that returns an iterator of pairs (X, y), or a list of pairs
+        self.chunks, self.starts, labels = chunks, [0], []
         self.shape = self.dtype = None
         for x, y in self._round():
             self.starts.append(self.starts[-1] + len(x))
             labels.append(y.copy())
-        if not labels:
-            raise ValueError('X has no chunks: pass a function that returns a new iterator each time')
-        _one_kind(labels)
-        self.n, self.y = self.starts[-1], np.concatenate(labels)
+        self.n, self.y = self.starts[-1], np.concatenate(_one_kind(labels))
 
     def _round(self) -> Iterator: # of checked pairs
-        source = self.chunks() if isinstance(self.chunks, Callable) else self.chunks
-        for number, chunk in enumerate(source):
-            x, y = _pair(chunk, number)
-            if self.shape is None:
-                self.shape, self.dtype = x.shape[1:], x.dtype
-            if x.shape[1:] != self.shape:
-                raise ValueError(f'X of chunk {number} has inputs of shape {x.shape[1:]}, and the first chunk '
-                                 f'of shape {self.shape}: give all chunks the same features')
+        for x, y in _pairs(self.chunks, self.shape):
+            self.shape, self.dtype = x.shape[1:], x.dtype if self.dtype is None else self.dtype
             yield x, y
-
-    def where(self, row: int) -> str: # of all rows
-        "How a message calls it."
-        number = int(np.searchsorted(self.starts, row, 'right')) - 1
-        return f'row {row} (row {row - self.starts[number]} of chunk {number})'
+    def where(self, row: int) -> str: # as of an array
+        k = int(np.searchsorted(self.starts, row, 'right')) - 1
+        return f'row {row} (row {row - self.starts[k]} of chunk {k})'
 
     def check(self) -> None:
         "Chunks are compared while they are read."
-
-    def blocks(self, size: int # rows
-              ) -> Iterator: # (first row, (m, d) array)
-        "All rows in order, a block at a time."
+    def blocks(self, size: int) -> Iterator: # as of an array
         number, changed = -1, 'X brings other chunks than it did in fit: let it begin anew with the same rows'
+        sizes = np.diff(self.starts)
         for number, (x, _) in enumerate(self._round()):
-            if number + 2 > len(self.starts) or len(x) != self.starts[number + 1] - self.starts[number]:
-                raise ValueError(f'chunk {number}: {changed}')
+            if number >= len(sizes) or len(x) != sizes[number]: raise ValueError(f'chunk {number}: {changed}')
             for first in range(0, len(x), size):
                 block = x[first:first + size]
                 yield self.starts[number] + first, block.reshape(len(block), -1)
@@ -147,9 +142,7 @@ class ChunkRows:
         if number + 2 != len(self.starts):
             raise ValueError(f'{number + 1} chunks instead of {len(self.starts) - 1}: {changed}')
 
-    def take(self, rows: np.ndarray, # (m,) row numbers, in any order
-             size: int # rows at a time
-            ) -> Iterator: # (positions in `rows`, their (m, d) rows)
+    def take(self, rows: np.ndarray, size: int) -> Iterator: # as of an array
         "Some rows, in the order of the chunks: one round, however few they are."
         order = np.argsort(rows, kind='stable')
         for first, block in self.blocks(size) if len(rows) else ():
@@ -160,16 +153,16 @@ class ChunkRows:
 # %% ../nbs/internals/rows.ipynb #77000021
 def training_rows(X, y # as in `fit` of a classifier that takes chunks
                  ) -> tuple: # ArrayRows or ChunkRows, labels
-    """An array of numbers or chunks; None where X is an input of another kind, and ValueError where labels are
-    missing or given twice."""
+    """An array of numbers or chunks; None where X is an input of another kind, and ValueError where labels
+    are missing or given twice."""
     if callable(X) or isinstance(X, (ChunkRows, Iterator)):
         if y is not None:
             raise ValueError('y must be None where X is a function that returns chunks (X, y): they bring '
                              'their labels')
         rows = X if isinstance(X, ChunkRows) else ChunkRows(X)
         return rows, rows.y
-    if y is None and isinstance(X, (list, tuple)) and X and isinstance(X[0], (list, tuple)) and len(X[0]) == 2:
-        if np.ndim(X[0][0]) > 1: return training_rows(ChunkRows(X), None)
+    pairs = isinstance(X, (list, tuple)) and X and isinstance(X[0], (list, tuple)) and len(X[0]) == 2
+    if y is None and pairs and np.ndim(X[0][0]) > 1: return training_rows(ChunkRows(X), None)
     if y is None:
         raise ValueError('this estimator requires y to be passed, but the target y is None: pass labels, or '
                          'chunks (X, y) as a function that returns a new iterator')

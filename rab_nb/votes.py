@@ -131,6 +131,7 @@ def _set_apart(k: int, finer: int) -> int: # neighbours; 1, or more at a finer l
 # %% ../nbs/internals/votes.ipynb #5c1f0a51
 _NODES = 14 # nodes in a bin of the points that are not treated one by one
 _CELL_POWERS = 5 # in a cell of a bin, where there are cells
+_MOST_CELLS = 16 # neighbours up to which there are any: the error of a cell grows with the power of the odds
 
 def _bin_error(log_odds, cells: int = 0 # (bins * _NODES, J); powers of a cell, 0: no cells
               ) -> list: # pairs of an order q and (bins, J)
@@ -341,8 +342,8 @@ class _Laws:
         found = ends(pair.reshape(2, k + 1, -1, n_classes, len(columns)).swapaxes(2, 3))
         return found.swapaxes(0, 1), doubt.reshape(-1, n_classes, len(columns)).sum(1)
 
-def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws:
-    # (b, C, R) nearest points; (b, n) the rest, or a list of rows; lattice
+def _laws_of_bins(top, rest, y, chi, finer: int, powers: int = _CELL_POWERS) -> _Laws:
+    # (b, C, R) nearest points; (b, n) the rest, or a list of rows; lattice; powers of a cell, 0: no cells
     "By interpolation in a lattice, the rest in bins."
     b, n_classes, R = top.shape
     start, end, far, w, cells = top[:, :, -1].min(), math.ceil(chi.end/BIN*finer), None, None, 0
@@ -350,7 +351,7 @@ def _laws_of_bins(top, rest, y, chi, finer: int) -> _Laws:
     if start < chi.end:
         start = math.floor(max(start, chi.start)/BIN*finer)
         rest = rest if finer == 1 else [row*finer for row in rest]
-        w, cells = weights_at_nodes(rest, y, n_classes, start, end - start, _NODES, _CELL_POWERS)
+        w, cells = weights_at_nodes(rest, y, n_classes, start, end - start, _NODES, powers)
         w = w.reshape(b*n_classes, -1)
         nodes = _places(bin_nodes(start, end - start, _NODES)/finer, chi)
         def far(columns): return _logs(nodes, _columns(chi, columns))
@@ -395,7 +396,9 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
     if grid[4] > 1/64 and batches > 2:
         grid = *(round(64*grid[4])*j for j in grid[:2]), *grid[2:4], 1/64
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
-    laws, columns = _laws_of_bins(top, rest, y, lattice(d, *grid), finer), np.arange(0, len(u), stride)
+    powers = _CELL_POWERS if k <= _MOST_CELLS and finer == 1 else 0
+    laws = _laws_of_bins(top, rest, y, lattice(d, *grid), finer, powers)
+    columns = np.arange(0, len(u), stride)
     inside = _factors(laws.near(columns))[1].reshape(*top.shape, -1)
     live = columns[_live(inside, len(rest[0]), k)]
     if not len(live):
@@ -458,6 +461,7 @@ def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, 
         for row, some, values in zip(s, columns, moved):
             row[some] = values
     return log_p, error, low, high
+<<<<<<< ours
 
 def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, ends=wins
                  # as in `one_nn_integrand`; neighbours; `vote_counts`: the law of the votes of class 1
@@ -465,6 +469,19 @@ def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, 
     "The K-nearest-neighbour vote on a lattice."
     rows = list(s)
     found = [_knn_of_rows(rows[i:i + 128], y, n_classes, d, k, grid, finer, len(rows), ends)
+             for i in range(0, len(rows), 128)]
+    log_p, error, low, high = map(np.concatenate, zip(*found))
+    return log_p, np.where(np.isfinite(log_p), error + 1e-10 + 1e-12*k, 0), low, high
+=======
+>>>>>>> theirs
+
+# %% ../nbs/internals/votes.ipynb #b2000041
+def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int
+                 # as in `one_nn_integrand`; neighbours
+                ) -> tuple: # (b, C) log probabilities and relative errors, (b,) lowest and highest u
+    "The K-nearest-neighbour vote on a lattice."
+    rows = list(s)
+    found = [_knn_of_rows(rows[i:i + 128], y, n_classes, d, k, grid, finer, len(rows))
              for i in range(0, len(rows), 128)]
     log_p, error, low, high = map(np.concatenate, zip(*found))
     return log_p, np.where(np.isfinite(log_p), error + 1e-10 + 1e-12*k, 0), low, high
