@@ -461,27 +461,14 @@ def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, 
         for row, some, values in zip(s, columns, moved):
             row[some] = values
     return log_p, error, low, high
-<<<<<<< ours
 
+# %% ../nbs/internals/votes.ipynb #b2000041
 def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, ends=wins
                  # as in `one_nn_integrand`; neighbours; `vote_counts`: the law of the votes of class 1
                 ) -> tuple: # (b, C) or (b, K + 1) log probabilities, relative errors; (b,) range of u
     "The K-nearest-neighbour vote on a lattice."
     rows = list(s)
     found = [_knn_of_rows(rows[i:i + 128], y, n_classes, d, k, grid, finer, len(rows), ends)
-             for i in range(0, len(rows), 128)]
-    log_p, error, low, high = map(np.concatenate, zip(*found))
-    return log_p, np.where(np.isfinite(log_p), error + 1e-10 + 1e-12*k, 0), low, high
-=======
->>>>>>> theirs
-
-# %% ../nbs/internals/votes.ipynb #b2000041
-def knn_integral(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int
-                 # as in `one_nn_integrand`; neighbours
-                ) -> tuple: # (b, C) log probabilities and relative errors, (b,) lowest and highest u
-    "The K-nearest-neighbour vote on a lattice."
-    rows = list(s)
-    found = [_knn_of_rows(rows[i:i + 128], y, n_classes, d, k, grid, finer, len(rows))
              for i in range(0, len(rows), 128)]
     log_p, error, low, high = map(np.concatenate, zip(*found))
     return log_p, np.where(np.isfinite(log_p), error + 1e-10 + 1e-12*k, 0), low, high
