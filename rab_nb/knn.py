@@ -56,12 +56,10 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         read once only, and, when points are certified, for training sets that have changed."""
         return prepare(self, X, y)
     def distances(self, X):
-        """Distances (n_points, n_train) before noise, for classifiers fitted to the same inputs with another
-        sigma, n_levels or n_neighbors."""
+        "Distances (n_points, n_train) before noise, the same for any sigma, n_levels and n_neighbors."
         return all_distances(self, X)
     def log_proba(self, X, distances=None):
-        """Log probabilities, accurate also below 1e-300, and their relative errors: two arrays (n, C); see
-        `class_log_probs_of_all`."""
+        "Log probabilities, accurate also below 1e-300, and their relative errors: two arrays (n, C)."
         return class_log_probs_of_all(self, X, distances)
     def predict_proba(self, X):
         "Probabilities (n, C) of `classes_`, not normalised: they add up to 1 within their errors."
@@ -71,9 +69,7 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[self.predict_proba(X).argmax(1)]
     def certify(self, X, distances=None, label_noise=0.):
         """Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains.
-
-        With label_noise, of the classifier whose training labels are replaced with that probability as
-        well; they cover wrong labels then (see `with_label_noise`)."""
+        With label_noise, the chance that a training label is replaced, they cover wrong labels too."""
         laws = with_label_noise(self, X, distances, label_noise)
         bound = 'exact' if self.n_levels_ is None else 'quantised'
         reach = dict(label_noise=label_noise, n_train=len(self._y))
@@ -602,8 +598,8 @@ def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter
     budget = max(2*KEEP_BYTES, least + 8*n*16)
     budget = budget if max_memory is None else check_count('max_memory', max_memory, 1)
     if budget < least:
-        raise ValueError(f'max_memory={max_memory} bytes are too few: {n} training points of {d} features need '
-                         f'{least} at least, for their norms and labels and the distances of one test point')
+        raise ValueError(f'max_memory={max_memory} bytes are too few: {n} training points of {d} features '
+                         f'need {least} at least, for their norms and labels and the distances of one test point')
     rest, copy = budget - PER_POINT*n, 8*n*d + (n*d*rows.dtype.itemsize if 8*n*d <= COPIED_BYTES else 0)
     keep = min(KEEP_BYTES, rest//2) if in_memory else 0
     rest -= copy if copy <= keep else 0
