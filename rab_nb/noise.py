@@ -199,14 +199,12 @@ class UniformNoise:
     b: float # upper end, > a
     norm = 'linf'
     def __post_init__(self): _set_interval(self, a=self.a, b=self.b)
-
     def sample(self, shape, # of the draw
                generator: torch.Generator # where the numbers come from; its device is the draw's
               ) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device."
-        unit = torch.rand(shape, generator=generator, device=generator.device)
-        return unit.mul_(self.b - self.a).add_(self.a)
-
+        u = torch.rand(shape, generator=generator, device=generator.device)
+        return u.mul_(self.b - self.a).add_(self.a)
     def radius(self, p_a, p_b, # bounds of the winner's and the rivals' probabilities, in [0, 1]
                log_q_a=None, log_p_b=None, # their logarithms, not needed here
                d=None, # entries of one input
@@ -214,20 +212,17 @@ class UniformNoise:
               ) -> np.ndarray:
         "Certified l-infinity norm of each of `n_poisoned` patterns with `d` entries, (30)."
         return _linf_radius(self, p_a, p_b, d, n_poisoned)
-
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, log_q_a=None, log_p_b=None,
-                          d=None, n_poisoned=None) -> np.ndarray: # as in `GaussianNoise`
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, # as in `GaussianNoise`
+                          log_q_a=None, log_p_b=None, d=None, n_poisoned=None) -> np.ndarray:
         "As `radius`, beside `n_relabelled` wrong labels; nan where nothing is certified."
         share = theory.relabelled_share(p_a, p_b, flip, n_relabelled, n_classes, log_q_a, log_p_b)
         return _linf_radius(self, .5 + share, .5 - share, d, n_poisoned, unknown=np.isnan(share))
-
     def certifies(self, patterns, # (r, ...) patterns, one for each poisoned row
                   p_a, # lower bound of the winner's probability, in [0, 1]
                   p_b # upper bound of every rival's, in [0, 1]
                  ) -> np.ndarray:
         "True where the patterns, rows x features, satisfy (27)."
         return _box_certifies(self, patterns, p_a, p_b)
-
     def law(self, patterns # (r, ...) patterns, one for each poisoned row
            ) -> theory.Product:
         "The law of patterns + noise."
@@ -256,16 +251,13 @@ class LaplaceNoise:
     "Independent Laplace noise of the given scale, certified in the total l1 norm (beyond the paper)."
     scale: float # mean absolute value, in the units of the features, > 0
     norm = 'l1'
-
     def __post_init__(self): _set_scale(self, scale=self.scale)
-
     def sample(self, shape, # of the draw
                generator: torch.Generator # where the numbers come from; its device is the draw's
               ) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device: a difference of two exponentials."
         draw = lambda: torch.empty(shape, device=generator.device).exponential_(generator=generator)
         return (draw() - draw()).mul_(self.scale)
-
     def radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
                p_b, # upper bound of every rival's, in [0, 1]
                log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
@@ -273,19 +265,17 @@ class LaplaceNoise:
               ) -> np.ndarray:
         "Certified total l1 norm."
         return theory.laplace_radius(p_a, p_b, self.scale, log_q_a, log_p_b)
-
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, log_q_a=None, log_p_b=None) -> np.ndarray: # as in `GaussianNoise`
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, # as in `GaussianNoise`
+                          log_q_a=None, log_p_b=None) -> np.ndarray:
         "Certified total l1 norm beside `n_relabelled` wrong labels; nan where nothing is certified."
         attack = flip, n_relabelled, n_classes
         return theory.relabelled_laplace_radius(p_a, p_b, self.scale, *attack, log_q_a, log_p_b)
-
     def certifies(self, patterns, # (r, ...) patterns, one for each poisoned row
                   p_a, # lower bound of the winner's probability, in [0, 1]
                   p_b # upper bound of every rival's, in [0, 1]
                  ) -> np.ndarray:
         "True where the patterns (rows x features), or their norms row by row, are inside the radius."
         return np.abs(patterns).sum() < self.radius(p_a, p_b)
-
     def law(self, patterns # (r, ...) patterns, one for each poisoned row
            ) -> theory.Product:
         "The law of patterns + noise."
