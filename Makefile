@@ -73,7 +73,7 @@ test-slow: $(READY) ## the Monte Carlo and real-data checks (minutes; real data 
 	pytest -q -m slow
 
 test-faults: $(READY) ## kill workers, corrupt files, fill disks: every run must survive
-	pytest -q -s -m faults tests/test_faults.py
+	pytest -q -n 2 -m faults tests/test_faults.py
 
 check: $(READY) ## notebooks clean, modules and README in step with them
 	rm -f rab_nb/[a-z]*.py rab_nb/_modidx.py && nbdev_export && nbdev_clean && $(MAKE) -s readme

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRA_COLUMNS', 'seeds_note', 'lines_of', 'columns_of', 'markdown', 'over_seeds', 'closeness', 'of_pair',
            'differences', 'informative', 'verdict', 'extra_lines', 'statement_lines', 'neighbour_lines', 'table_figure',
-           'models_line', 'table_caption', 'privacy_line', 'findings', 'comparable', 'difference_lines',
+           'models_line', 'table_caption', 'privacy_line', 'findings', 'comparable', 'difference_lines', 'open_cells',
            'range_of_models', 'explanation', 'reading_lines', 'dot_plot', 'write_file', 'missing_page', 'page_markdown',
            'write_table', 'all_pages', 'list_of_tables', 'at_a_glance', 'one_page', 'write_list', 'run_notebook',
            'make_table', 'print_locations', 'main']
@@ -27,7 +27,7 @@ from .profiles import (ATTACKS, COPIED, N_NEIGHBORS, DATASET_NAMES, PAPER_N, ROO
                              paper, home_profile, profile_path, spec)
 from .tables import (EXACT, ROW_COLUMNS, STATEMENT_COLUMNS, Statement, beside_paper, finish,
                            finish_neighbours,
-                           finished_rows, of_statement, statements, tidy, whole_pairs,
+                           finished_rows, mean_error, of_statement, statements, tidy, whole_pairs,
                            with_means)
 
 # %% ../nbs/internals/report.ipynb #e766480b
@@ -163,6 +163,8 @@ def over_seeds(scores # frame of `beside_paper`
     mean = scores[scores.pair == 'mean']
     columns = {column: (column, 'mean') for column in ('value', 'paper', 'paper_other_reading')
                if column in mean}
+    if 'sampling_error' in mean:
+        columns['sampling_error'] = 'sampling_error', mean_error
     return mean.groupby([*ROW_COLUMNS, *STATEMENT_COLUMNS], dropna=False,
                         sort=False).agg(**columns).reset_index()
 
@@ -202,16 +204,16 @@ def _readings(scores, # frame of `beside_paper`
 
 # %% ../nbs/internals/report.ipynb #9a1f0002
 def informative(scores # frame of `beside_paper`
-               ): # Series, a cell each
-    """Absolute differences in the cells that are not 0 or 1 in the paper and here, without those that the
-    paper repeats."""
+               ): # frame of `over_seeds` with a column gap
+    """The cells that are not 0 or 1 in the paper and here, without those that the paper repeats, and their
+    absolute differences."""
     cells = over_seeds(scores).dropna(subset='paper')
     rate, accuracy = (cells[cells.metric == f'certified_{name}'] for name in ('rate', 'accuracy'))
     same = rate.merge(accuracy, on=[*ROW_COLUMNS, 'radius'], suffixes=('', '_too'))
     if len(same) and (same.paper == same.paper_too).all():
         cells = cells.drop(rate.index)
     between = cells.value.between(.005, .995) | cells.paper.between(.005, .995)
-    return (cells.value - cells.paper).abs()[between]
+    return cells.assign(gap=(cells.value - cells.paper).abs())[between]
 
 # %% ../nbs/internals/report.ipynb #4e75fccc
 def verdict(scores, # frame of `beside_paper`
@@ -223,7 +225,7 @@ def verdict(scores, # frame of `beside_paper`
     if table.dataset not in set(scores.data):
         used = ', '.join(sorted(set(scores.data)))
         return f'Not compared: {used} stands in for {DATASET_NAMES[table.dataset]}.'
-    told, readings = informative(scores), _readings(scores, table)
+    told, readings = informative(scores).gap, _readings(scores, table)
     if len(told) == len(readings.get('', ())):
         del readings['']
     said = [f'{reading or "all:"} {closeness(gap)}' for reading, gap in readings.items()]
@@ -496,6 +498,25 @@ def difference_lines(cells # frame of `over_seeds`, cells with a number of the p
             lines.append([title, _ATTACK_NAMES.get(at, f'{at:g}' if isinstance(at, float) else at),
                           len(group), '', f'{group.mean():+.3f}', f'{group.abs().median():.3f}'])
     return lines
+
+# %% ../nbs/internals/report.ipynb #9a1f0012
+def _beyond_chance(scores): # frame of `beside_paper` of an ensemble -> frame of `informative`
+    least = 1 / scores[scores.pair == 'mean'].n_points.min()
+    told = informative(scores)
+    return told[told.gap > 3 * np.sqrt(2) * np.maximum(told.sampling_error, least)]
+
+def open_cells(scores # frame of `beside_paper` of an ensemble, at the paper's number of models or as if
+              ) -> str: # a sentence, and a table where it is needed
+    "The distinct, informative cells that chance in the models does not explain."
+    told, beyond = informative(scores), _beyond_chance(scores)
+    said = (f'{len(beyond)} of {len(told)} distinct, informative cells lie more than three standard errors '
+            "from the paper's")
+    if not len(beyond): return f'{said}.'
+    lines = [[_ATTACK_NAMES[c.attack], f'{c.pattern_norm:g} in {c.poison_rate:.0%}', f'{c.sigma:g}',
+              c.metric.replace('_', ' '), '' if np.isnan(c.radius) else f'{c.radius:g}', f'{c.value:.3f}',
+              f'{c.paper:.3f}', f'{c.sampling_error:.3f}'] for c in beyond.itertuples()]
+    columns = 'attack', 'pattern norm', 'sigma', 'score', 'r', 'ours', "the paper's", 'standard error'
+    return f'{said}:\n\n{markdown(list(columns), lines)}'
 
 # %% ../nbs/internals/report.ipynb #2e5374d6
 def range_of_models(scores # tidy frame

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'QUANTISED', 'EXACT', 'ROW_COLUMNS', 'STATEMENT_COLUMNS', 'Statement', 'statements', 'Finished',
-           'blocks_behind', 'finished_rows', 'finish', 'finish_neighbours', 'tidy', 'whole_pairs', 'with_means',
-           'of_statement', 'beside_paper', 'projected_scores']
+           'blocks_behind', 'finished_rows', 'finish', 'finish_neighbours', 'tidy', 'whole_pairs', 'mean_error',
+           'with_means', 'of_statement', 'beside_paper', 'projected_scores']
 
 # %% ../nbs/internals/tables.ipynb #6472d0bc
 from collections import Counter
@@ -67,6 +67,7 @@ class Finished:
     n_diverged: int = 0 # smoothed models without an answer, counted in n_models
     privacy: tuple = () # with DP-SGD: n, batch size, epochs, noise multiplier and N, for the accountants
     averages: np.ndarray | None = None # (n_triggered, C), average soft outputs of an ensemble
+    errors: np.ndarray | None = None # (n_triggered, C), their standard errors
 
     @property
     def data(self) -> str: return self.about['data']
@@ -118,6 +119,12 @@ def _cost_of(blocks: list # of Block
     "What some blocks have cost."
     return sum(b.cost['milliseconds'] for b in blocks) / 1000, {m for b in blocks for m in b.cost['machines']}
 
+def _averages(stats: certificate.VoteStatistics) -> tuple: # (n_points, C) each
+    "Average outputs of the models that answered, and the standard errors of these averages."
+    n = max(stats.n_models - stats.diverged, 1)
+    mean, second = stats.mean * stats.n_models / n, stats.second_moment * stats.n_models / n
+    return mean, np.sqrt(np.maximum(second - mean**2, 0) / max(n - 1, 1))
+
 def _finished_ensemble(row: Row, settings: dict, profile: dict, # as from `runs_of`
                        blocks: list # of Block, of the table
                       ) -> Finished | None: # None if too few models are finished, or not the undefended one
@@ -143,7 +150,7 @@ def _finished_ensemble(row: Row, settings: dict, profile: dict, # as from `runs_
                     n, settings['smoothed']['n_models'], seconds
                     + _cost_of(alone)[0] / len(spec(row.table).sigmas), tuple(sorted(machines)),
                     tuple(sorted({f"{b.origin['device']} (torch {b.origin['torch']})" for b in smoothed})),
-                    both[0].diverged, privacy, both[0].mean * n / max(n - both[0].diverged, 1))
+                    both[0].diverged, privacy, *_averages(both[0]))
 
 # %% ../nbs/internals/tables.ipynb #1e70c21f
 def _stored_certificate(arrays: dict, part: str, sigma: float, n_levels) -> certificate.Certificate | None:
@@ -267,6 +274,29 @@ def _certificate_scores(cert: certificate.Certificate, # on the triggered points
             *(('certified_accuracy', r, at('certified_accuracy', r, y)) for r in radii),
             *(('certified_rate', r, at('certified_rate', r)) for r in radii)]
 
+# %% ../nbs/internals/tables.ipynb #3669da35
+def _projected(f: Finished, # one row of an ensemble
+               n_models: int, # N, as if
+               alpha: float # probability that a certificate fails
+              ) -> certificate.Certificate: # the paper's statement on the triggered points
+    "What the same averages would certify if N models had given them; no certificate of what was run."
+    nothing = np.zeros_like(f.averages)
+    pretended = certificate.VoteStatistics(n_models, f.averages, f.averages**2, nothing.astype(np.int64))
+    return certificate.certify_statistics(pretended, GaussianNoise(f.row.sigma), alpha, PAPER.bound,
+                                          PAPER.votes, PAPER.simultaneous)
+
+# %% ../nbs/internals/tables.ipynb #25f10002
+def _sampling_errors(f: Finished, table: TableSpec) -> dict: # (metric, radius) -> standard error
+    "How far chance in the models moves the cells of the paper's statement; nothing for exact classifiers."
+    if f.errors is None: return {}
+    top = f.averages.argmax(1)[:, None]
+    away = np.where(np.arange(f.averages.shape[1]) == top, 1, -1) * f.errors
+    moved = [replace(f, averages=np.clip(f.averages + sign * away, 0, 1)) for sign in (-1, 1)]
+    n, alpha = f.n_models - f.n_diverged, f.certificates[PAPER][0].alpha
+    low, high = (_certificate_scores(_projected(m, n, alpha), f.y, table.radii, f.total_norms[1])
+                 for m in moved)
+    return {(metric, r): abs(b - a) / 2 for (metric, r, a), (_, _, b) in zip(low, high)}
+
 # %% ../nbs/internals/tables.ipynb #c3455e8a
 def _scores_of(f: Finished, # one row
                table: TableSpec # its axes
@@ -296,12 +326,14 @@ def tidy(finished: list, # of Finished
     import pandas as pd
     lines = []
     for f in finished:
-        r = f.row
+        r, errors = f.row, _sampling_errors(f, table)
+        error = lambda s, *cell: errors.get(cell) if s == PAPER else None
+        chance = lambda *cell: {'sampling_error': error(*cell)} if errors else {}
         key = dict(zip([*ROW_COLUMNS, 'pair', 'seed'],
                        (r.table, r.attack, r.norm, r.rate, r.sigma, ' / '.join(map(str, r.pair)), r.seed)))
         what = dict(n_models=f.n_models, n_points=len(f.y), data=f.data)
-        lines += [{**key, **asdict(s), 'metric': metric, 'radius': radius, 'value': value, **what} for s,
-                  metric, radius, value in _scores_of(f, table)]
+        lines += [{**key, **asdict(s), 'metric': metric, 'radius': radius, 'value': value, **what,
+                   **chance(s, metric, radius)} for s, metric, radius, value in _scores_of(f, table)]
     return pd.DataFrame(lines)
 
 # %% ../nbs/internals/tables.ipynb #55cb3553
@@ -311,6 +343,11 @@ def whole_pairs(rows # tuples, each a pair and what else makes a row
     counts = Counter(pair for pair, *_ in dict.fromkeys(rows))
     return [pair for pair, n in counts.items() if n == max(counts.values())]
 
+def mean_error(errors # Series, standard errors of independent numbers
+              ) -> float: # NaN where one of them is
+    "Standard error of their mean."
+    return np.sqrt((errors**2).sum(skipna=False)) / len(errors)
+
 def with_means(scores # tidy frame
               ): # the same with lines pair = 'mean' appended
     "Append the mean over `whole_pairs`; seeds with which one of them is missing get none."
@@ -318,8 +355,9 @@ def with_means(scores # tidy frame
     pairs = whole_pairs(scores[['pair', *ROW_COLUMNS]].itertuples(index=False, name=None))
     groups = scores[scores.pair.isin(pairs)].groupby([*ROW_COLUMNS, 'seed', *STATEMENT_COLUMNS], dropna=False,
                                                      sort=False)
+    chance = {'sampling_error': ('sampling_error', mean_error)} if 'sampling_error' in scores else {}
     mean = groups.agg(value=('value', 'mean'), n_models=('n_models', 'min'), n_points=('n_points', 'sum'),
-                      data=('data', 'first'))
+                      data=('data', 'first'), **chance)
     whole = (groups.pair.nunique() == len(pairs)).to_numpy()
     return pd.concat([scores, mean[whole].reset_index().assign(pair='mean')], ignore_index=True)
 
@@ -356,17 +394,6 @@ def beside_paper(scores, # frame of `with_means`
     reported = joined.index.isin(of_statement(joined, statements(table)[0]).index) & (joined.pair == 'mean')
     joined.loc[~reported, ['paper', 'paper_other_reading']] = np.nan
     return joined.assign(difference=joined.value - joined.paper)
-
-# %% ../nbs/internals/tables.ipynb #3669da35
-def _projected(f: Finished, # one row of an ensemble
-               n_models: int, # N, as if
-               alpha: float # probability that a certificate fails
-              ) -> certificate.Certificate: # the paper's statement on the triggered points
-    "What the same averages would certify if N models had given them; no certificate of what was run."
-    nothing = np.zeros_like(f.averages)
-    pretended = certificate.VoteStatistics(n_models, f.averages, f.averages**2, nothing.astype(np.int64))
-    return certificate.certify_statistics(pretended, GaussianNoise(f.row.sigma), alpha, PAPER.bound,
-                                          PAPER.votes, PAPER.simultaneous)
 
 # %% ../nbs/internals/tables.ipynb #c56e5ca0
 def projected_scores(finished: list, # of Finished

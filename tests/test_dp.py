@@ -69,10 +69,9 @@ def test_any_small_network_matches_brute_force(seed, m, b, c_in, width, size, st
         torch.testing.assert_close(norms[k].double(), brute, rtol=1e-4, atol=1e-5)
         # A parameter's gradient is a sum over the batch and the positions that may cancel: its error is
         # measured against what was added up, the clipped norms, not against what is left.
-        scale = brute.clamp(max=C).sum().item()
+        atol = 1e-5 + 3e-5 * brute.clamp(max=C).sum().item()
         for name, w in stack.weights.items():
-            torch.testing.assert_close(w.grad[k].double(), expected[name], rtol=1e-4,
-                                       atol=1e-5 + 3e-5 * scale)
+            torch.testing.assert_close(w.grad[k].double(), expected[name], rtol=1e-4, atol=atol)
 
 
 def test_sequences_and_frozen_layers():
@@ -621,7 +620,7 @@ def test_without_opacus_the_message_says_what_to_install(monkeypatch):
     for name in [m for m in sys.modules if m.split('.')[0] == 'opacus']:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, 'opacus', None)
-    with pytest.raises(ImportError, match=r'needs opacus: pip install "rab-nb\[dp\]"'):
+    with pytest.raises(ImportError, match='pip install opacus'):
         epsilon(1000, 100, 2, 1.)
     assert epsilon(1000, 100, 2, 1., accountant='fixed') > 0
     with pytest.raises(ImportError, match="engine='opacus' needs"):

@@ -1,5 +1,6 @@
 "Training and voting of the smoothed ensemble, against plain PyTorch loops and against itself"
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -801,37 +802,66 @@ def flags():
     return [getattr(p, 'fp32_precision', None) for p in parts] + [b.cudnn.deterministic, b.cudnn.benchmark]
 
 
-@pytest.mark.parametrize('change', [
-    "torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True",
-    "torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.benchmark = True",
-    "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'",
-    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", 'pass'])
-def test_float32_is_float32_and_the_flags_come_back(change):
-    "In a process of its own: torch refuses some mixtures of its two interfaces for good."
-    code = f"""
+CHANGES = ["torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True",
+           "torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.benchmark = True",
+           "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'",
+           "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", 'pass']
+
+
+def float32_after(change):
+    "Train after a change of torch's flags; AssertionError where training saw it, or changed it back."
+    exec(change)
+    theirs, seen, real = flags(), [], training.gradient
+
+    def watched(*args):
+        seen.append((flags(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+                     torch.backends.cuda.matmul.allow_tf32))
+        return real(*args)
+
+    training.gradient = watched
+    hashes = train_shard(spec(precision='float32'), X[:50], Y[:50], {}, range(4))['hashes']
+    assert flags() == theirs, (flags(), theirs)
+    assert all(v in ('ieee', None) for v in seen[0][0][:-2]), seen[0]
+    assert seen[0][0][-2:] == [True, False] and seen[0][1:] == ('highest', False, False), seen[0]
+    with contextlib.suppress(KeyError), training.exact_float32():
+        raise KeyError
+    assert flags() == theirs
+    return hashes
+
+
+@pytest.fixture(scope='module')
+def float32_runs():
+    """What became of every change: hashes, or the text of an error. Each in a process of its own, as torch
+    refuses some mixtures of its two interfaces for good; all forked from one that has imported torch."""
+    code = """
+import json, multiprocessing, traceback
 from test_ensemble import *
-before = train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes']
-{change}
-theirs, seen, real = flags(), [], training.gradient
-def watched(*args):
-    seen.append((flags(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
-                 torch.backends.cuda.matmul.allow_tf32))
-    return real(*args)
-training.gradient = watched
-assert train_shard(spec(precision='float32'), X[:50], Y[:50], {{}}, range(4))['hashes'] == before
-assert flags() == theirs, (flags(), theirs)
-assert all(v in ('ieee', None) for v in seen[0][0][:-2]), seen[0]
-assert seen[0][0][-2:] == [True, False] and seen[0][1:] == ('highest', False, False), seen[0]
-try:
-    with training.exact_float32(): raise KeyError
-except KeyError: pass
-assert flags() == theirs
+def told(pipe, change):
+    try: pipe.send(dict(hashes=float32_after(change), error=''))
+    except BaseException: pipe.send(dict(hashes=None, error=traceback.format_exc()))
+fork, found = multiprocessing.get_context('fork'), {}
+for change in CHANGES:
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=told, args=(theirs, change))
+    child.start()
+    found[change] = ours.recv()
+    child.join()
+print(json.dumps(found))
 """
     run = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, capture_output=True,
-                         text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
-    if 'has no attribute' in run.stderr and 'fp32_precision' in change:
-        pytest.skip('this version of torch has one interface only')
+                         text=True, timeout=600,
+                         env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_float32_is_float32_and_the_flags_come_back(change, float32_runs):
+    found = float32_runs[change]
+    if 'has no attribute' in found['error'] and 'fp32_precision' in change:
+        pytest.skip('this version of torch has one interface only')
+    assert not found['error'], found['error']
+    assert found['hashes'] == float32_runs['pass']['hashes']
 
 
 def test_making_modules_leaves_the_callers_generators_alone():

@@ -51,6 +51,12 @@ def imported_modules(tree):
             yield from (alias.name.split('.')[1] for alias in node.names if alias.name.startswith('rab_nb.'))
 
 
+def test_contributing_draws_the_rooms_as_they_are():
+    drawing = (ROOT / 'CONTRIBUTING.md').read_text().split('```\ncli ')[1].split('```')[0].splitlines()
+    for drawn, row in zip(['cli ' + drawing[0], *drawing[1:]], ROOMS, strict=True):
+        assert drawn.split()[:len(row.split())] == row.split()
+
+
 MODULES = sorted(path for path in (ROOT / 'rab_nb').glob('*.py') if path.stem not in ('__init__', '_modidx'))
 
 
