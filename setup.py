@@ -38,6 +38,18 @@ def absolute_links(text):
     return re.sub(r'((?<!!)\[[^\]]*\]\()(?![a-z]+:|#)', rf'\g<1>{base}', text)
 
 
+TEX = {r'\sqrt{\sum_i\lVert\pi_i\rVert_2^2}': '√(Σᵢ ‖πᵢ‖²)', r'\alpha': 'α', r'\sigma': 'σ', r'\pi_i': 'πᵢ'}
+
+
+def plain_formulas(text):
+    "README's formulas in characters: an index page does not typeset TeX."
+    def plain(match):
+        formula = match[1]
+        for tex, characters in TEX.items(): formula = formula.replace(tex, characters)
+        return formula
+    return re.sub(r'(?<![\\$])\$([^$\n]+)\$', plain, text)
+
+
 setup(
     name=ini['lib_name'], version=ini['version'], description=ini['description'],
     author=ini['author'], author_email=ini['author_email'], license='Apache-2.0', keywords=ini['keywords'],
@@ -47,7 +59,7 @@ setup(
     package_dir={PROFILES: 'nbs/experiments/profiles'},
     package_data={ini['lib_path']: ['*.csv', 'py.typed'], PROFILES: ['*.yaml']},
     install_requires=split(ini['requirements']), extras_require=extras,
-    long_description=absolute_links((root / 'README.md').read_text(encoding='utf-8')),
+    long_description=plain_formulas(absolute_links((root / 'README.md').read_text(encoding='utf-8'))),
     long_description_content_type='text/markdown',
     entry_points={'console_scripts': split(ini['console_scripts']),
                   'nbdev': [f"{ini['lib_path']}={ini['lib_path']}._modidx:d"]},

@@ -1,6 +1,7 @@
 "README.md from nbs/index.ipynb, `make readme`: hidden cells dropped, directives stripped, links seen from the repository's root."
 import base64
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
@@ -10,6 +11,19 @@ from links import last_sentence
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / 'docs/images'
 NOTE = '<!-- Written from nbs/index.ipynb by `make readme`; edit the notebook. -->'
+
+
+def badges():
+    "Where a tutorial can be tried without installing anything."
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    url, branch, page = ini['DEFAULT']['git_url'], ini['DEFAULT']['branch'], 'nbs/tutorials/own_data.ipynb'
+    place = url.removeprefix('https://github.com/')
+    colab = f'https://colab.research.google.com/github/{place}/blob/{branch}/{page}'
+    binder = f'https://mybinder.org/v2/gh/{place}/{branch}?labpath={page}'
+    return (f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})\n'
+            f'[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})\n\n'
+            f'(In Colab, run `%pip install git+{url}` first.)')
 
 
 def pipe_table(html):
@@ -43,6 +57,7 @@ def readme(notebook):
         if re.match(r'#\s*\|\s*(hide|default_exp)', cell.source): continue
         if cell.cell_type == 'markdown':
             parts.append(from_root(cell.source))
+            if number == 0: parts.append(badges())
             alt = last_sentence(cell.source)
         else:
             said = re.search(r'^#\s*\|\s*fig-alt:\s*(.*)', cell.source, re.M)

@@ -178,7 +178,20 @@ class Evidence:
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Certificate(Evidence):
     """Predictions, and the total norm of poisoning patterns below which none of them can have changed the
-    prediction."""
+    prediction.
+
+    Made by `certify` and by the classifiers' `certify`, not by hand. Its attributes are (n_points,) arrays,
+    and `labels`, `explain()`, `covers(n_poisoned, pattern_norm)`, `budget()`, `radius_with(n_relabelled)`,
+    `to_frame()`, `to_csv(path)` and `plot()` say what they mean.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rab_nb import GaussianNoise, certify
+    >>> outputs = np.tile([[0.1, 0.9]], (300, 1, 1)) # 300 models, one point, two classes
+    >>> certificate = certify(outputs, GaussianNoise(0.25), bound='clopper_pearson', votes='hard')
+    >>> round(float(certificate.radius[0]), 3), bool(certificate.covers(28, 0.03)[0])
+    (0.49, True)"""
     prediction: np.ndarray # (n_points,) int64, position of the class, or -1 for abstain; see `labels`
     radius: np.ndarray # (n_points,), 0 where abstaining
     p_a: np.ndarray # (n_points,), lower bound of the predicted class's probability

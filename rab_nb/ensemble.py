@@ -253,6 +253,45 @@ class RABClassifier(_Fit):
         "Read what `save` wrote; ValueError if it was trained with another `dp` or another network."
         return _load(cls, path, module, dp)
 
+# %% ../nbs/20_ensemble.ipynb #20e00011
+RABClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    module : function that makes a network, called once for each model, or an nn.Module to start from
+    noise : smoothing noise, such as GaussianNoise(1.0), in the units of the inputs
+    n_estimators : number of models, N
+    epochs, batch_size, lr : of the training with Adam
+    dp : None, or DPSGD(max_grad_norm, noise_multiplier) for private gradients
+    label_noise : probability that a training label is replaced by another class
+    start : 'own' initialisation and batches for every model, or 'shared'
+    test_noise : where u of f(x + u) comes from: 'stream', 'hash' of the trained model, or 'none'
+    test_sigma : None: u has the law of the noise; a number: N(0, test_sigma^2); 0: no u
+    random_state : seed of every draw; keep it secret until the training data are fixed
+    device : 'auto', 'cpu', 'cuda', 'cuda:1' ...
+    n_jobs : worker processes on a CPU
+    precision : 'auto', 'float32' or 'bf16'
+    stack : models trained side by side, or 'auto'
+    keep_models : False keeps only the outputs at fit's eval_sets
+    max_memory : bytes for training one group of models; changes no result
+    warm_start : True: a second fit on the same data trains only what is missing
+    verbose : progress bar
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in their order
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    noise_, n_train_ : the noise and the number of rows of the fit
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from rab_nb import GaussianNoise, RABClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 20, [0, 0, 1, 1] * 20
+    >>> clf = RABClassifier(lambda: nn.Linear(2, 2), GaussianNoise(1.), 20, epochs=5, batch_size=8, lr=.1)
+    >>> clf.fit(X, y).certify([[4., 4.]], bound='clopper_pearson', votes='hard').labels.tolist()
+    [1]"""
+
 # %% ../nbs/20_ensemble.ipynb #572f1f80
 def _about(self):
     elsewhere = 'module', 'noise', 'dp', 'n_classes', 'snapshots', 'max_memory'

@@ -217,3 +217,35 @@ class SmoothedEnsembleClassifier(Voter, _Settings):
                           'interrupted, or n_estimators was changed after it; with warm_start=True fit '
                           'trains the others on the same data')
         return p
+
+# %% ../nbs/24_estimators.ipynb #24e50072
+SmoothedEnsembleClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    estimator : any scikit-learn classifier or pipeline; it is cloned for every model
+    noise : smoothing noise, such as GaussianNoise(1.0), in the units of the inputs
+    n_estimators : number of models, N
+    label_noise : probability that a training label is replaced by another class, below 1 - 1/C
+    test_sigma : of u in f(x + u); 0: no test noise, None: the law of the noise
+    random_state : seed of every draw; keep it secret until the training data are fixed
+    n_jobs : worker processes; None: as many as pay, -1: one per core
+    closed_form : draw class means directly where the estimator is a plain NearestCentroid
+    warm_start : True: a second fit on the same data trains only what is missing
+    verbose : progress bar
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in their order
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    noise_, n_train_ : the noise and the number of rows of the fit
+
+    Examples
+    --------
+    >>> from sklearn.neighbors import NearestCentroid
+    >>> from rab_nb import GaussianNoise, SmoothedEnsembleClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 20, ['a', 'a', 'b', 'b'] * 20
+    >>> clf = SmoothedEnsembleClassifier(NearestCentroid(), GaussianNoise(1.0), n_estimators=200).fit(X, y)
+    >>> certificate = clf.certify([[4., 4.]], bound='clopper_pearson', votes='hard')
+    >>> certificate.labels[0], bool(certificate.radius[0] > 1)
+    ('b', True)"""

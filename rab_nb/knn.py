@@ -75,6 +75,32 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         reach = dict(label_noise=label_noise, n_train=len(self._y))
         return certificate_of(*laws, self.noise_, bound, self.classes_, **reach)
 
+# %% ../nbs/22_knn.ipynb #22e00012
+SmoothedKNNClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    n_neighbors : number of voting neighbours, 1 to 255
+    sigma : standard deviation of the noise on every training input, in the units of the inputs
+    n_levels : None: exact distances; a number: distances in so many buckets, 200 in the paper
+    device : None or 'cpu', 'cuda', 'cuda:1' ... for the distances and sums
+    n_jobs : threads; None: all
+    verbose : progress bar
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in their order
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    n_levels_, noise_ : those of the fit
+
+    Examples
+    --------
+    >>> from rab_nb import SmoothedKNNClassifier
+    >>> clf = SmoothedKNNClassifier(sigma=0.5).fit([[0.], [1.], [5.], [6.]], ['low', 'low', 'high', 'high'])
+    >>> certificate = clf.certify([[0.5], [5.5]])
+    >>> certificate.labels.tolist(), certificate.alpha
+    (['low', 'high'], 0.0)"""
+
 # %% ../nbs/22_knn.ipynb #926da133
 # distance in u from which hazards are added as logarithms, and how many of them
 LOG_RATES_FROM, LOG_RATES_DEPTH = 30., 5.

@@ -156,15 +156,12 @@ class GaussianNoise:
     "Isotropic Gaussian noise N(0, sigma^2 I), certified in the total l2 norm by Corollary 2."
     sigma: float # standard deviation, in the units of the features, > 0
     norm = 'l2'
-
     def __post_init__(self): _set_scale(self, sigma=self.sigma)
-
     def sample(self, shape, # of the noise
                generator: torch.Generator # on the device of the noise
               ) -> torch.Tensor: # float32
         "Noise of the given shape, float32, on the generator's device."
         return torch.randn(shape, generator=generator, device=generator.device).mul_(self.sigma)
-
     def radius(self, p_a, # lower bound of the winner's probability, in [0, 1], any shape
                p_b, # upper bound of the runner-up's probability, in [0, 1]
                log_q_a=None, # log(1 - p_a), where p_a rounds to 1
@@ -172,12 +169,16 @@ class GaussianNoise:
               ) -> np.ndarray: # 0 where nothing is certified
         "Certified total l2 norm, (24)."
         return theory.gaussian_radius(p_a, p_b, self.sigma, log_q_a, log_p_b)
-
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2,
-                          log_q_a=None, log_p_b=None) -> np.ndarray:
+    def relabelled_radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
+                          p_b, # upper bound of every rival's, in [0, 1]
+                          flip, # probability that a training label was replaced
+                          n_relabelled, # rows whose label is wrong, whole numbers >= 0
+                          n_classes=2, # number of classes, C
+                          log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
+                          log_p_b=None # log(p_b), exact where p_b underflows
+                         ) -> np.ndarray:
         "Certified total l2 norm beside `n_relabelled` wrong labels, see `theory.relabelled_radius`."
         return theory.relabelled_radius(p_a, self.sigma, flip, n_relabelled, n_classes, p_b, log_q_a, log_p_b)
-
     def certifies(self, patterns, # poisoned rows x features, or one norm per row
                   p_a, # lower bound of the winner's probability, in [0, 1]
                   p_b # upper bound of the runner-up's probability, in [0, 1]
@@ -198,30 +199,32 @@ class UniformNoise:
     b: float # upper end, > a
     norm = 'linf'
     def __post_init__(self): _set_interval(self, a=self.a, b=self.b)
-
-    def sample(self, shape, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, shape, # of the draw
+               generator: torch.Generator # where the numbers come from; its device is the draw's
+              ) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device."
-        unit = torch.rand(shape, generator=generator, device=generator.device)
-        return unit.mul_(self.b - self.a).add_(self.a)
-
-    def radius(self, p_a, p_b, log_q_a=None, log_p_b=None,
+        u = torch.rand(shape, generator=generator, device=generator.device)
+        return u.mul_(self.b - self.a).add_(self.a)
+    def radius(self, p_a, p_b, # bounds of the winner's and the rivals' probabilities, in [0, 1]
+               log_q_a=None, log_p_b=None, # their logarithms, not needed here
                d=None, # entries of one input
                n_poisoned=None # poisoned rows
               ) -> np.ndarray:
         "Certified l-infinity norm of each of `n_poisoned` patterns with `d` entries, (30)."
         return _linf_radius(self, p_a, p_b, d, n_poisoned)
-
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, log_q_a=None, log_p_b=None,
-                          d=None, n_poisoned=None) -> np.ndarray:
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, # as in `GaussianNoise`
+                          log_q_a=None, log_p_b=None, d=None, n_poisoned=None) -> np.ndarray:
         "As `radius`, beside `n_relabelled` wrong labels; nan where nothing is certified."
         share = theory.relabelled_share(p_a, p_b, flip, n_relabelled, n_classes, log_q_a, log_p_b)
         return _linf_radius(self, .5 + share, .5 - share, d, n_poisoned, unknown=np.isnan(share))
-
-    def certifies(self, patterns, p_a, p_b) -> np.ndarray:
+    def certifies(self, patterns, # (r, ...) patterns, one for each poisoned row
+                  p_a, # lower bound of the winner's probability, in [0, 1]
+                  p_b # upper bound of every rival's, in [0, 1]
+                 ) -> np.ndarray:
         "True where the patterns, rows x features, satisfy (27)."
         return _box_certifies(self, patterns, p_a, p_b)
-
-    def law(self, patterns) -> theory.Product:
+    def law(self, patterns # (r, ...) patterns, one for each poisoned row
+           ) -> theory.Product:
         "The law of patterns + noise."
         return _product_law('uniform', patterns, self.a, self.b - self.a)
 
@@ -248,29 +251,33 @@ class LaplaceNoise:
     "Independent Laplace noise of the given scale, certified in the total l1 norm (beyond the paper)."
     scale: float # mean absolute value, in the units of the features, > 0
     norm = 'l1'
-
     def __post_init__(self): _set_scale(self, scale=self.scale)
-
-    def sample(self, shape, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, shape, # of the draw
+               generator: torch.Generator # where the numbers come from; its device is the draw's
+              ) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device: a difference of two exponentials."
         draw = lambda: torch.empty(shape, device=generator.device).exponential_(generator=generator)
         return (draw() - draw()).mul_(self.scale)
-
-    def radius(self, p_a, p_b, log_q_a=None, log_p_b=None) -> np.ndarray:
+    def radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
+               p_b, # upper bound of every rival's, in [0, 1]
+               log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
+               log_p_b=None # log(p_b), exact where p_b underflows
+              ) -> np.ndarray:
         "Certified total l1 norm."
         return theory.laplace_radius(p_a, p_b, self.scale, log_q_a, log_p_b)
-
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2,
+    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, # as in `GaussianNoise`
                           log_q_a=None, log_p_b=None) -> np.ndarray:
         "Certified total l1 norm beside `n_relabelled` wrong labels; nan where nothing is certified."
         attack = flip, n_relabelled, n_classes
         return theory.relabelled_laplace_radius(p_a, p_b, self.scale, *attack, log_q_a, log_p_b)
-
-    def certifies(self, patterns, p_a, p_b) -> np.ndarray:
+    def certifies(self, patterns, # (r, ...) patterns, one for each poisoned row
+                  p_a, # lower bound of the winner's probability, in [0, 1]
+                  p_b # upper bound of every rival's, in [0, 1]
+                 ) -> np.ndarray:
         "True where the patterns (rows x features), or their norms row by row, are inside the radius."
         return np.abs(patterns).sum() < self.radius(p_a, p_b)
-
-    def law(self, patterns) -> theory.Product:
+    def law(self, patterns # (r, ...) patterns, one for each poisoned row
+           ) -> theory.Product:
         "The law of patterns + noise."
         return _product_law('laplace', patterns, 0., self.scale)
 

@@ -1,6 +1,6 @@
 """Both classifiers against scikit-learn's own checks, and inside its tools.
 
-The two checks that they do not pass are listed with the reason. `test_refusals` shows that what is refused is
+The check that they do not pass is listed with the reason. `test_refusals` shows that what is refused is
 refused with a ValueError; `test_inputs.py` has the frames, and scikit-learn's check of their column names."""
 from functools import partial
 
@@ -14,7 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from rab_nb.certificate import Certificate
 from rab_nb.ensemble import RABClassifier
+from rab_nb.estimators import SmoothedEnsembleClassifier
 from rab_nb.knn import SmoothedKNNClassifier
 from rab_nb.metrics import abstention_rate, attack_success_rate, certified_accuracy, prediction_accuracy
 from rab_nb.models import mlp
@@ -135,3 +137,24 @@ def test_pipeline_grid_search_and_folds(estimator):
             certificate.prediction >= 0]).all()
     if name == 'sigma':
         assert search.best_params_['smoothedknnclassifier__sigma'] == .3
+
+
+@pytest.mark.parametrize('cls', [RABClassifier, SmoothedEnsembleClassifier, SmoothedKNNClassifier])
+def test_help_names_every_parameter(cls):
+    "`help` and `?` show each parameter, the fitted attributes and an example that runs."
+    import inspect
+    before, _, after = inspect.getdoc(cls).partition('Attributes\n')
+    named = {name.strip() for line in before.partition('Parameters\n')[2].splitlines() if ' : ' in line
+             for name in line.partition(' : ')[0].split(',')}
+    assert named == set(inspect.signature(cls.__init__).parameters) - {'self'}
+    assert 'classes_' in after and '>>> ' in after
+
+
+CLASSES = [RABClassifier, SmoothedEnsembleClassifier, SmoothedKNNClassifier]
+
+
+@pytest.mark.parametrize('cls', [*CLASSES, Certificate])
+def test_examples_of_docstrings_run(cls):
+    import doctest
+    [found] = doctest.DocTestFinder(recurse=False).find(cls, cls.__name__)
+    assert found.examples and not doctest.DocTestRunner().run(found).failed

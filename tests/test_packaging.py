@@ -39,6 +39,38 @@ def test_wheel_holds_modules_and_numbers(built):
     assert not {name for name in names if name.startswith(('nbs', 'tests', 'results'))}
 
 
+def test_description_reads_on_an_index_page(built):
+    "Links and pictures lead somewhere from outside of the repository, and no formula is left in TeX."
+    import re
+    [wheel] = built.glob('*.whl')
+    with zipfile.ZipFile(wheel) as z:
+        [name] = [name for name in z.namelist() if name.endswith('METADATA')]
+        text = z.read(name).decode()
+    assert 'Description-Content-Type: text/markdown' in text
+    body = re.sub(r'```.*?```', '', text.partition('\n\n')[2], flags=re.S)
+    targets = re.findall(r'\]\(([^)\s]+)\)', body)
+    assert len(targets) > 20 and [t for t in targets if not t.startswith(('https://', '#'))] == []
+    assert '$' not in body and not re.search(r'\\[a-z]{2,}', body)
+
+
+@pytest.mark.parametrize('python', ['3.11.0', '3.12.0', '3.13.0'])
+def test_pins_allow_every_python_that_is_promised(python):
+    "Packages are judged by what the installed version says, where it is the pinned one."
+    from importlib import metadata
+    from packaging.specifiers import SpecifierSet
+    judged, refused = 0, []
+    for line in (ROOT / 'constraints.txt').read_text().splitlines():
+        name, _, version = line.partition('#')[0].strip().partition('==')
+        try:
+            found = metadata.distribution(name) if version else None
+        except metadata.PackageNotFoundError:
+            continue
+        if found is None or found.version.split('+')[0] != version: continue
+        judged += 1
+        if python not in SpecifierSet(found.metadata['Requires-Python'] or ''): refused.append(line)
+    assert judged > 50 and not refused
+
+
 def test_sdist_installs_and_every_module_imports(built, tmp_path):
     [sdist] = built.glob('*.tar.gz')
     venv.create(tmp_path / 'env', with_pip=True, system_site_packages=False)
