@@ -66,7 +66,8 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
         return np.minimum(np.exp(self.log_proba(X)[0]), 1)
     def predict(self, X):
         "The most probable class of every point."
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
     def certify(self, X, distances=None, label_noise=0.):
         """Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains.
         With label_noise, the chance that a training label is replaced, they cover wrong labels too."""
