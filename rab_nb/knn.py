@@ -626,8 +626,9 @@ def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter
     budget = budget if max_memory is None else check_count('max_memory', max_memory, 1)
     if budget < least:
         raise ValueError(f'max_memory={max_memory} bytes are too few: {n} training points of {d} features '
-                         f'need at least {least}, for their norms and labels and the distances of one point')
-    rest, copy = budget - PER_POINT*n, 8*n*d + (n*d*rows.dtype.itemsize if 8*n*d <= COPIED_BYTES else 0)
+                         f'need {least} at least, for norms, labels and the distances of one test point')
+    copy = 8*n*d + (n*d*rows.dtype.itemsize if 8*n*d <= COPIED_BYTES else 0)
+    rest = budget - PER_POINT*n
     keep = min(KEEP_BYTES, rest//2) if in_memory else 0
     rest -= copy if copy <= keep else 0
     size = max(1, min(PIECE_BYTES, (rest - 64*n)//12) // (8*d))
