@@ -885,7 +885,8 @@ def vote_law(model, s, tops): # (b, n) distances, (b, 2, k) nearest of both clas
     for step, detail in VOTE_LEVELS:
         for grid, j in group_by_window(*box, rows, step).items():
             part = s if len(j) == len(s) else [s[i] for i in j]
-            log_p[j], error[j], *_ = knn_integral(part, y, 2, d, k, grid, detail, vote_counts)
+            found, spread, *_ = knn_integral(part, y, 2, d, k, grid, detail, vote_counts)
+            log_p[j], error[j] = np.maximum(found, SMALLEST_LOG_P), np.where(found < SMALLEST_LOG_P, 0, spread)
         worst = (np.exp(log_p) * error).sum(1)
         rows = rows[((worst > 1e-9) & (worst < before/2))[rows]]
         before[rows] = worst[rows]
