@@ -170,10 +170,9 @@ def vote_of_groups(s, counts, y, n_classes, d, k, width=1/16):
 def vote_of_many(s, y, n_classes, d, k, nodes=120):
     "Probabilities (C,) by multiplying in one point after the other, with scipy's distribution functions: for votes that are not decided."
     from scipy.stats import ncx2
-    u = np.linspace(max(1e-3, math.sqrt(d + s.min()**2) - 10), math.sqrt(d + s.max()**2) + 10, 4000)
-    near = np.sort(s)[:min(len(s), 30*k + 300)]
-    inside = np.array([ncx2.cdf(a*a, d, near**2).sum() for a in u])
-    low, high = u[np.searchsorted(inside, k*math.exp(-9/math.sqrt(k) - 2*math.log(10)/k*8))], u[min(np.searchsorted(inside, k + 9*math.sqrt(k) + 40), len(u) - 1)]
+    u = np.linspace(max(1e-3, math.sqrt(d + s.min()**2) - 10), math.sqrt(d + s.max()**2) + 10, 400)
+    inside = np.array([ncx2.cdf(a*a, d, s**2).sum() for a in u])
+    low, high = u[max(np.searchsorted(inside, k*math.exp(-9/math.sqrt(k) - 2*math.log(10)/k*8)) - 1, 0)], u[min(np.searchsorted(inside, k + 9*math.sqrt(k) + 40), len(u) - 1)]
     x, w = np.polynomial.legendre.leggauss(nodes)
     u, w = (low + high)/2 + (high - low)/2*x, w*(high - low)/2
     pairs = []
