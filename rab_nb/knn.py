@@ -86,6 +86,7 @@ SmoothedKNNClassifier.__doc__ += """
     n_levels : None: exact distances; a number: distances in so many buckets, 200 in the paper
     device : None or 'cpu', 'cuda', 'cuda:1' ... for the distances and sums
     n_jobs : threads; None: all
+    max_memory : bytes for everything but the caller's own arrays; None: 2 GiB, or what is needed
     verbose : progress bar
 
     Attributes
@@ -886,7 +887,8 @@ def vote_law(model, s, tops): # (b, n) distances, (b, 2, k) nearest of both clas
         for grid, j in group_by_window(*box, rows, step).items():
             part = s if len(j) == len(s) else [s[i] for i in j]
             found, spread, *_ = knn_integral(part, y, 2, d, k, grid, detail, vote_counts)
-            log_p[j], error[j] = np.maximum(found, SMALLEST_LOG_P), np.where(found < SMALLEST_LOG_P, 0, spread)
+            error[j] = np.where(found < SMALLEST_LOG_P, 0, spread)
+            log_p[j] = np.maximum(found, SMALLEST_LOG_P)
         worst = (np.exp(log_p) * error).sum(1)
         rows = rows[((worst > 1e-9) & (worst < before/2))[rows]]
         before[rows] = worst[rows]

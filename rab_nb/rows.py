@@ -154,7 +154,7 @@ class ChunkRows:
 def training_rows(X, y # as in `fit` of a classifier that takes chunks
                  ) -> tuple: # ArrayRows or ChunkRows, labels
     """An array of numbers or chunks; None where X is an input of another kind, and ValueError where labels
-    are missing or given twice."""
+    are given twice."""
     if callable(X) or isinstance(X, (ChunkRows, Iterator)):
         if y is not None:
             raise ValueError('y must be None where X is a function that returns chunks (X, y): they bring '
@@ -163,8 +163,5 @@ def training_rows(X, y # as in `fit` of a classifier that takes chunks
         return rows, rows.y
     pairs = isinstance(X, (list, tuple)) and X and isinstance(X[0], (list, tuple)) and len(X[0]) == 2
     if y is None and pairs and np.ndim(X[0][0]) > 1: return training_rows(ChunkRows(X), None)
-    if y is None:
-        raise ValueError('this estimator requires y to be passed, but the target y is None: pass labels, or '
-                         'chunks (X, y) as a function that returns a new iterator')
     if _mapped(X) is None or X.ndim < 2 or not X.size or X.dtype.kind not in 'biuf': return None, y
     return ArrayRows(X), y

@@ -620,7 +620,7 @@ def test_without_opacus_the_message_says_what_to_install(monkeypatch):
     for name in [m for m in sys.modules if m.split('.')[0] == 'opacus']:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, 'opacus', None)
-    with pytest.raises(ImportError, match='pip install opacus'):
+    with pytest.raises(ImportError, match=r'pip install "rab-nb\[dp\]"'):
         epsilon(1000, 100, 2, 1.)
     assert epsilon(1000, 100, 2, 1., accountant='fixed') > 0
     with pytest.raises(ImportError, match="engine='opacus' needs"):

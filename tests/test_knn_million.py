@@ -110,7 +110,7 @@ def spoil(x, row, value):
         (lambda x, y: [(x[:9], y[:9]), (x[9:], y[9:].astype(str))], 'labels of one type'),
         (lambda x, y: lambda: x, 'pair'),
         (lambda x, y: lambda: iter(()), 'no chunks'),
-        (lambda x, y: x, 'requires y'),
+        (lambda x, y: x, 'y should be a 1d array'),
         (lambda x, y: [(x.astype('U5'), y)], 'numbers'),
         (lambda x, y: [(x.astype(float).astype(complex), y)], 'real numbers'),
         (lambda x, y: [(np.full((2, 3), 2**60), [0, 1])], r'feature 0 of row 0 \(row 0 of chunk 0\)'),
