@@ -283,11 +283,11 @@ def test_dask_equals_local(settings, cluster, tmp_path, undisturbed, outcome):
 
 
 def table1(store, monkeypatch, **how):
-    "Table 1 of the profile quick (20 models of 2 epochs) from a store, as the text of its csv file."
+    "Table 1 of the profile quick (50 models of 2 epochs) from a store, as the text of its csv file."
     from rab_nb import profiles, tables
 
     profile = profiles.load_profile('quick') | dict(seeds=[0])
-    profile['ensemble']['mnist'] |= dict(epochs=2, n_models=20, shard_size=10)
+    profile['ensemble']['mnist'] |= dict(epochs=2, n_models=50, shard_size=25)
     rows = profiles.rows_of(profiles.spec(1), profile)
     workers.run_all(
         [s for row in rows for s in profiles.runs_of(row, profile).values()],
