@@ -17,22 +17,14 @@ import numpy as np
 import pytest
 
 psutil = pytest.importorskip('psutil')
+import test_runs  # noqa: E402
+
 from rab_nb import cli, experiments, store, workers  # noqa: E402, F401 (experiments registers the kinds of runs)
 
 pytestmark = pytest.mark.faults
 BIN = Path(sys.executable).parent
 SETTINGS = dict(kind='drill', n_models=24, shard_size=2, n_points=16, seconds=0.3)
-TINY = dict(
-    kind='dnn',
-    n_models=8,
-    shard_size=2,
-    data=dict(name='digits', classes=[0, 1]),
-    attack=dict(trigger='one_pixel', norm=1.0, rate=0.1, target=0, seed=0),
-    noise='GaussianNoise(sigma=1.0)',
-    module=dict(name='digits_cnn'),
-    dp=None,
-    train=dict(epochs=20, batch_size=32, lr=3e-3, random_state=0, precision='float32', stack=2),
-)
+TINY = test_runs.TINY | dict(n_models=8, train=test_runs.TINY['train'] | dict(epochs=20))
 seeds = itertools.count()
 
 
