@@ -30,8 +30,8 @@ from .workers import check_name, register
 
 # %% ../nbs/internals/experiments.ipynb #d234ed58
 MODULES = {name: getattr(networks, name) for name in
-           ('mnist_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'preact_resnet', 'small_resnet', 'strided_cnn',
-            'resnet18')}
+           ('mnist_cnn', 'coarse_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'preact_resnet', 'small_resnet',
+            'strided_cnn', 'resnet18')}
 MODULES['efficientnet_lite0'] = efficientnet_lite0
 
 def _named(table: dict, # name -> function
