@@ -140,7 +140,7 @@ def log_rates(s, y, far, d: int, window: tuple # (b, n), (n,), (b, C) bool; as i
 # %% ../nbs/22_knn.ipynb #926da134
 def powers_in_cells(p: int) -> int: # moments of a bin
     "Powers of the cells of a bin, where there are so many points that cells pay."
-    return 4 if p <= 8 else 5
+    return 4 if p <= 8 else 6
 
 def weights_once(s, y, n_classes: int, s_low: int, s_high: int, p: int, known: dict
                  # as in `bin_moments`, `window`; what was found before

@@ -130,7 +130,7 @@ def _set_apart(k: int, finer: int) -> int: # neighbours; 1, or more at a finer l
 
 # %% ../nbs/internals/votes.ipynb #5c1f0a51
 _NODES = 14 # nodes in a bin of the points that are not treated one by one
-_CELL_POWERS = 5 # in a cell of a bin, where there are cells
+_CELL_POWERS = 6 # in a cell of a bin, where there are cells
 _MOST_CELLS = 16 # neighbours up to which there are any: the error of a cell grows with the power of the odds
 
 def _bin_error(log_odds, cells: int = 0 # (bins * _NODES, J); powers of a cell, 0: no cells
@@ -303,7 +303,7 @@ def _nested(evaluate, # (columns) -> (b, C, len) rates, (b, len) relative errors
             with np.errstate(divide='ignore'):
                 log_f[..., part] = np.log(rates) + np.log(weight[part])
         done[new] = True
-        matters = log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)
+        matters = log_f > np.maximum(log_f.max(-1, keepdims=True) - 45, -1e300)
         found = np.flatnonzero(matters.any((0, 1)))
         if len(found):
             low, high = max(found[0] - stride, 0), min(found[-1] + stride, len(index) - 1)
@@ -352,8 +352,10 @@ def _laws_of_bins(top, rest, y, chi, finer: int, powers: int = _CELL_POWERS) -> 
         start = math.floor(max(start, chi.start)/BIN*finer)
         rest = rest if finer == 1 else [row*finer for row in rest]
         w, cells = weights_at_nodes(rest, y, n_classes, start, end - start, _NODES, powers)
-        w = w.reshape(b*n_classes, -1)
-        nodes = _places(bin_nodes(start, end - start, _NODES)/finer, chi)
+        w = w.reshape(b*n_classes, -1, _NODES)
+        used = w.any((0, 2))
+        w = w[:, used].reshape(b*n_classes, -1)
+        nodes = _places(bin_nodes(start, end - start, _NODES)[np.repeat(used, _NODES)]/finer, chi)
         def far(columns): return _logs(nodes, _columns(chi, columns))
     return _Laws(lambda columns: _logs(near, _columns(chi, columns)), far, w, True, cells)
 
@@ -385,6 +387,7 @@ def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at, stride: int =
 
 # %% ../nbs/internals/votes.ipynb #8f93c75b
 VOTE_LEVELS = (1/16, 1), (1/64, 1), (1/128, 4), (1/256, 16) # step of the rule; how much finer bins are
+_NARROW = 4096 # training points from which the law of the arrival is too narrow for the first step
 
 def _outcomes(top, k: int, ends) -> tuple: # (b, C), or (b, K + 1)
     return len(top), (top.shape[1] if ends is wins else k + 1)
@@ -393,7 +396,7 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
                # as above; on this window; as in `rates`
               ) -> tuple: # as `_nested`
     "The vote at test points that are alike, by their bins."
-    if grid[4] > 1/64 and batches > 2:
+    if grid[4] > 1/64 and (batches > 2 or len(rest[0]) > _NARROW):
         grid = *(round(64*grid[4])*j for j in grid[:2]), *grid[2:4], 1/64
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
     powers = _CELL_POWERS if k <= _MOST_CELLS and finer == 1 else 0
