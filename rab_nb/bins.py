@@ -102,7 +102,7 @@ def class_segments(y, n_classes: int # (n,) class numbers
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 class _Room(dict):
-    "Memory for one chunk of distances, as (place, Im z, cell, cell, z, power of z) by the shape of the chunk."
+    "Memory for a chunk of distances, as (place, Im z, cell, cell, z, power of z) by the shape of the chunk."
     def __init__(self, like, size: int, sums: int): # a tensor; most distances in a chunk; cells of its sums
         self.z, self.power = (like.new_ones(size, dtype=torch.complex128) for _ in range(2))
         self.cell, self.sums = like.new_empty(size, dtype=torch.int64), self.z.new_empty(sums)
@@ -164,6 +164,8 @@ def _cells_to_nodes(q: int, p: int) -> np.ndarray: # (q/2, 2 * CELLS, p)
     return np.einsum('jk,ijm->kim', np.linalg.inv(parts), to_bin).reshape(q//2, 2, CELLS, p).swapaxes(
         1, 2).reshape(q//2, 2*CELLS, p)
 
+
+# %% ../nbs/internals/bins.ipynb #b1000037
 def _occupied(s, first: int, n_bins: int # distances; bins [first, first + n_bins)
              ) -> tuple: # first bin, number of bins, and whether all points are in them
     "The bins from the nearest to the farthest point."

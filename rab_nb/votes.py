@@ -276,12 +276,13 @@ def vote_counts(pair # (2, K + 1, 2, ...)
     return v0[::-1] * d1 + d0[::-1] * v1
 
 # %% ../nbs/internals/votes.ipynb #5c1f0a5d
-def _live(inside, n: int, k: int
-          # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours
+def _live(inside, n: int, k: int, others=0.
+          # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours; (b, J)
+          # at least so many of the other points within the radius, in the mean
          ) -> np.ndarray: # (J,) bool
     "Radii at which the integrand of some test point may be above e^-745, the smallest float64."
     j = k - 1
-    fewest = 8 * inside[:, :, 7::8].sum((1, 2))
+    fewest = 8 * inside[:, :, 7::8].sum((1, 2)) + others
     most = 8 * inside[:, :, ::8].sum((1, 2)) + n * inside[:, :, -1].max(1)
     def chernoff(m): return j - m + j*np.log(np.maximum(m, 1e-300) / max(j, 1))
     log_bound = np.minimum(np.where(fewest > j, chernoff(fewest), 0), np.where(most < j, chernoff(most), 0))
@@ -403,7 +404,11 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
     laws = _laws_of_bins(top, rest, y, lattice(d, *grid), finer, powers)
     columns = np.arange(0, len(u), stride)
     inside = _factors(laws.near(columns))[1].reshape(*top.shape, -1)
-    live = columns[_live(inside, len(rest[0]), k)]
+    others = np.zeros((1, len(columns)))
+    if laws.far:
+        inside_of_bins = (laws.w @ _factors(laws.far(columns))[1]).reshape(len(top), top.shape[1], -1)
+        others = np.maximum(inside_of_bins.sum(1)/2, 0)
+    live = columns[_live(inside, len(rest[0]), k, others)]
     if not len(live):
         live = columns
     return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, live, stride,
@@ -455,7 +460,7 @@ def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, 
         for row, some in zip(s, columns):
             row[some] = math.inf
         top = top.cpu().numpy()
-        for j in _alike(top[:, :, -1].min(1), max(1, 128//k)):
+        for j in _alike(top[:, :, -1].min(1), max(1, 256//k)):
             batch, batches = (top[j], [s[i] for i in j], y, k, d, grid), total/len(j)
             few = _few_within(batch[1], batch[0].size, grid, batches)
             found = _few_in_batch(*batch, ends) if few else _one_batch(*batch, finer, batches, ends)
