@@ -32,7 +32,7 @@ from .noise import GaussianNoise
 from .quantised import quantised
 from .rows import ArrayRows, ChunkRows, training_rows
 from .theory import check_relabelled
-from .votes import VOTE_LEVELS, knn_integral, nearest_columns, vote_counts
+from .votes import knn_integral, nearest_columns, vote_counts, vote_levels
 
 
 # %% ../nbs/22_knn.ipynb #3383432e
@@ -688,7 +688,7 @@ def class_log_probs(model, s, tops): # (b, n) distances, (b, C, k) nearest of ev
         k,
         d,
         lambda s, near, grid, finer: knn_integral(s, y, n_classes, d, k, grid, finer),
-        VOTE_LEVELS,
+        vote_levels(s.shape[1]),
     )
 
 # %% ../nbs/22_knn.ipynb #6f3a980a
@@ -883,7 +883,7 @@ def vote_law(model, s, tops): # (b, n) distances, (b, 2, k) nearest of both clas
     if not box[3].max(initial=0) < FARTHEST_DISTANCE:
         raise ValueError(too_far(k, box[3].max()))
     (log_p, error), rows, before = np.empty((2, len(s), k + 1)), np.arange(len(s)), np.full(len(s), np.inf)
-    for step, detail in VOTE_LEVELS:
+    for step, detail in vote_levels(n):
         for grid, j in group_by_window(*box, rows, step).items():
             part = s if len(j) == len(s) else [s[i] for i in j]
             found, spread, *_ = knn_integral(part, y, 2, d, k, grid, detail, vote_counts)

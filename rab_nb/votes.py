@@ -390,6 +390,10 @@ def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at, stride: int =
 VOTE_LEVELS = (1/16, 1), (1/64, 1), (1/128, 4), (1/256, 16) # step of the rule; how much finer bins are
 _NARROW = 4096 # training points from which the law of the arrival is too narrow for the first step
 
+def vote_levels(n: int) -> tuple: # training points
+    "The levels without the second, which is the first one where the first step is replaced by the second's."
+    return VOTE_LEVELS if n <= _NARROW else (VOTE_LEVELS[0], *VOTE_LEVELS[2:])
+
 def _outcomes(top, k: int, ends) -> tuple: # (b, C), or (b, K + 1)
     return len(top), (top.shape[1] if ends is wins else k + 1)
 
