@@ -183,7 +183,9 @@ def weights_by_cells(s, y, n_classes: int, first: int, n_bins: int, p: int, q: i
     table = torch.as_tensor(_cells_to_nodes(q, p), device=s[0].device)
     out = s[0].new_zeros(len(s), n_classes, n_bins, p)
     for rows, several in groups:
-        low, count, inside = _occupied(several, first, n_bins)
+        low, count, inside = first, n_bins, False
+        if several.numel() <= values: # among more points empty cells are cheaper than another look at all
+            low, count, inside = _occupied(several, first, n_bins)
         sums = cell_sums(several, y, n_classes, segments, low, count, inside, q, room)
         found = torch.bmm(torch.view_as_real(sums).flatten(4).flatten(1, 3), table).sum(0)
         out[rows, :, low - first:low - first + count] = found.view(-1, n_classes, count + 1, p)[:, :, :-1]

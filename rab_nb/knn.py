@@ -616,7 +616,9 @@ class Plan:
     blocks: int # blocks at a time
 
     def points_of(self, m: int) -> int: # test points in all
-        "Test points in a block: blocks are equal and their number is even, where there are more than 32."
+        """Test points in a block: blocks are equal, and where there are more than 32 points and a scaled copy
+        is kept, their number is even. Without a copy every block reads the training set anew."""
+        if not self.keep: return -(-m // max(1, -(-m // self.points)))
         return max(min(32, self.points), -(-m // (2*(-(-m // (2*self.points))))))
 
 def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter; training set
