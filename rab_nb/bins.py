@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BIN', 'CACHED_VALUES', 'CUDA_VALUES', 'HOSTS', 'CELLS', 'TABLE_BELOW', 'TABLE_ABOVE', 'bin_positions', 'on_host',
            'values_at_a_time', 'row_groups', 'bin_moments', 'bin_nodes', 'node_weights', 'class_segments', 'cell_sums',
-           'weights_at_nodes', 'window', 'bin_tables', 'over_bins', 'log_sum', 'trapezoid', 'integration_box',
-           'highest_peaks']
+           'weights_by_cells', 'weights_at_nodes', 'window', 'bin_tables', 'over_bins', 'log_sum', 'trapezoid',
+           'integration_box', 'highest_peaks']
 
 # %% ../nbs/internals/bins.ipynb #b1000003
 import math
@@ -43,9 +43,10 @@ def values_at_a_time(s) -> int: # (b, n) torch, or a list of rows
     "Distances that one operation should see, by the device that they are on."
     return CACHED_VALUES if on_host(s[0]) else CUDA_VALUES
 
-def row_groups(s) -> list: # (b, n) or a list of rows -> pairs (positions, (r, n) tensor)
+def row_groups(s, length: int = None # (b, n) or a list of rows; of what is seen of a row at a time, None: n
+              ) -> list: # pairs (positions, (r, n) tensor)
     "Rows, as many at a time as fit into the cache."
-    size = max(1, values_at_a_time(s) // max(1, len(s[0])))
+    size = max(1, values_at_a_time(s) // max(1, len(s[0]) if length is None else length))
     groups = [slice(k, min(k + size, len(s))) for k in range(0, len(s), size)]
     if torch.is_tensor(s): return [(g, s[g]) for g in groups]
     return [(g, torch.stack(s[g]) if g.stop - g.start > 1 else s[g.start][None]) for g in groups]
@@ -100,59 +101,104 @@ def class_segments(y, n_classes: int # (n,) class numbers
     ends = torch.searchsorted(y, torch.arange(n_classes + 1, device=y.device)).tolist()
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
-def _add_powers(sums, s, first: int, n_cells: int, room, offset=None
-                # (q, m) to add to; (r, m) distances; cells [first, first + n_cells); two tensors to write to,
-                # ones and integers, each at least r * m; (r or 1, m or 1) first cell of a row and class
+class _Room(dict):
+    "Memory for a chunk of distances, as (place, Im z, cell, cell, z, power of z) by the shape of the chunk."
+    def __init__(self, like, size: int, sums: int): # a tensor; most distances in a chunk; cells of its sums
+        self.z, self.power = (like.new_ones(size, dtype=torch.complex128) for _ in range(2))
+        self.cell, self.sums = like.new_empty(size, dtype=torch.int64), self.z.new_empty(sums)
+    def __missing__(self, shape):
+        cell, z, power = (a[:math.prod(shape)] for a in (self.cell, self.z, self.power))
+        place = torch.view_as_real(power).flatten()[:len(cell)] # it is not needed any more when the power is
+        self[shape] = *(a.view(shape) for a in (place, z.imag, cell)), cell, z, power
+        return self[shape]
+
+def _add_powers(sums, s, span, inside: bool, room: _Room, offset=None
+                # q/2 vectors to add to; (r, m) distances; minus the first cell, as a tensor, and how many; is
+                # no point beyond them?; (r or 1, m or 1) first cell of a row and class
                ):
-    "Add the powers 1, r ... r^(q-1) of places r in [0, 1) to the cells."
-    r, power = (a[:s.numel()].view(s.shape) for a in room[:2])
-    torch.mul(s, CELLS/BIN, out=r).sub_(first).clamp_(0, n_cells)
-    cell = room[3][:s.numel()].view(s.shape).copy_(r)
-    cell = (cell if offset is None else cell.add_(offset)).view(-1)
-    r, power = r.frac_().view(-1), power.view(-1)
-    sums[0].scatter_add_(0, cell, room[2][:len(r)])
-    for k in range(1, len(sums)):
-        sums[k].scatter_add_(0, cell, r if k == 1 else torch.mul(r, r if k == 2 else power, out=power))
+    "Add z, z^3 ... z^(q-1), z = 1 + ir, of places r in [0, 1) to the cells."
+    place, imaginary, cell, flat, z, power = room[tuple(s.shape)]
+    torch.add(span[0], s, alpha=CELLS/BIN, out=place)
+    cell.copy_(place if inside else place.clamp_(0, span[1]))
+    if offset is not None:
+        cell.add_(offset)
+    torch.frac(place, out=imaginary)
+    sums[0].scatter_add_(0, flat, z)
+    for k, into in enumerate(sums[1:]):
+        into.scatter_add_(0, flat, power.mul_(z).mul_(z) if k else torch.pow(z, 3, out=power))
+
 
 # %% ../nbs/internals/bins.ipynb #b1000033
-def cell_sums(s, y, n_classes: int, first: int, n_bins: int, q: int # as in `bin_moments`; powers
-             ): # (q, b, C, n_bins * CELLS + 1)
-    "Sums of the powers of the places of all points in their cells; the last cell is for points beyond."
-    cells, size = n_bins*CELLS + 1, values_at_a_time(s)
-    out, segments = s[0].new_zeros(q, len(s), n_classes, cells), class_segments(y, n_classes)
-    first_cell = y * cells if segments is None else None
-    room = [s[0].new_ones(min(size, len(s)*len(s[0])), dtype=kind) for kind in [None]*3 + [torch.int64]]
-    for rows, several in row_groups(s):
-        to = out[:, rows].flatten(1)
-        begin = torch.arange(len(several), device=y.device)[:, None] * (n_classes*cells)
-        for c, segment in enumerate(segments or [slice(None)]):
-            alone = segments is not None and len(several) == 1
-            into = to[:, c*cells:(c + 1)*cells] if alone else to
-            start, stop, _ = segment.indices(several.shape[1])
-            for k in range(start, stop, size):
-                some = slice(k, min(k + size, stop))
-                place = begin + (c*cells if first_cell is None else first_cell[some])
-                _add_powers(into, several[:, some], first*CELLS, cells - 1, room, None if alone else place)
-    return out
+def cell_sums(s, y, n_classes: int, segments, first: int, n_bins: int, inside: bool, q: int,
+              # (r, n) distances; as in `bin_moments`; of `class_segments`; as in `bin_moments`; is no point
+              # beyond them?; powers
+              room: _Room
+             ): # (q/2, r, C, n_bins + 1, CELLS), in the memory of the room
+    "Sums of odd powers of 1 + ir over the points of every cell; the last bin is for points beyond."
+    cells, most = (n_bins + 1)*CELLS, max(1, values_at_a_time(s) // len(s))
+    out = room.sums[:q//2 * len(s) * n_classes * cells].zero_().view(q//2, len(s), n_classes, cells)
+    begin = torch.arange(len(s), device=s.device)[:, None] * (n_classes*cells)
+    span = s.new_full((), -first*CELLS), n_bins*CELLS
+    for c, segment in enumerate(segments or [slice(0, s.shape[1])]):
+        alone = segments is not None and len(s) == 1
+        into = list(out[:, 0, c] if alone else out.flatten(1))
+        length = segment.stop - segment.start
+        step = max(1, -(-length // max(1, -(-length//most))))
+        for k in range(segment.start, segment.stop, step):
+            some, place = slice(k, min(k + step, segment.stop)), None
+            if not alone:
+                place = begin + (y[some]*cells if segments is None else c*cells)
+            _add_powers(into, s[:, some], span, inside, room, place)
+    return out.unflatten(3, (n_bins + 1, CELLS))
+
 
 # %% ../nbs/internals/bins.ipynb #b1000035
 @lru_cache
-def _cells_to_nodes(q: int, p: int) -> np.ndarray: # (q, CELLS, p)
-    "From sums of powers in the cells of a bin to weights at its nodes."
+def _cells_to_nodes(q: int, p: int) -> np.ndarray: # (q/2, 2 * CELLS, p)
+    "From real and imaginary parts of the sums in the cells of a bin to weights at its nodes."
     t = (chebyshev_nodes(q) + 1)/2
     place = (np.arange(CELLS)[:, None] + t)*2/CELLS - 1
     to_bin = interpolation(place.ravel(), p).reshape(CELLS, q, p)
-    return np.einsum('jk,ijm->kim', np.linalg.inv(t**np.arange(q)[:, None]), to_bin)
+    powers = (1 + 1j*t)**np.arange(1, q, 2)[:, None]
+    parts = np.stack([powers.real, powers.imag], 1).reshape(q, q)
+    return np.einsum('jk,ijm->kim', np.linalg.inv(parts), to_bin).reshape(q//2, 2, CELLS, p).swapaxes(
+        1, 2).reshape(q//2, 2*CELLS, p)
+
+
+# %% ../nbs/internals/bins.ipynb #b1000037
+def _occupied(s, first: int, n_bins: int # distances; bins [first, first + n_bins)
+             ) -> tuple: # first bin, number of bins, and whether all points are in them
+    "The bins from the nearest to the farthest point."
+    ends = float(s.min())/BIN, float(s.max())/BIN
+    low, high = (math.floor(min(max(x, first), first + n_bins - 1)) for x in ends)
+    return low, high + 1 - low, first <= ends[0] and ends[1] < first + n_bins
+
+def weights_by_cells(s, y, n_classes: int, first: int, n_bins: int, p: int, q: int # as in `weights_at_nodes`
+                    ) -> np.ndarray: # (b, C, n_bins * p)
+    "Weights at `bin_nodes` from moments of cells, a few test points at a time."
+    segments, values = class_segments(y, n_classes), values_at_a_time(s)
+    longest = len(s[0]) if segments is None else max(part.stop - part.start for part in segments)
+    groups = row_groups(s, longest)
+    room = _Room(s[0], min(values, len(s)*longest), q//2 * len(groups[0][1]) * n_classes * (n_bins + 1)*CELLS)
+    table = torch.as_tensor(_cells_to_nodes(q, p), device=s[0].device)
+    out = s[0].new_zeros(len(s), n_classes, n_bins, p)
+    for rows, several in groups:
+        low, count, inside = first, n_bins, False
+        if several.numel() <= values: # among more points empty cells are cheaper than another look at all
+            low, count, inside = _occupied(several, first, n_bins)
+        sums = cell_sums(several, y, n_classes, segments, low, count, inside, q, room)
+        found = torch.bmm(torch.view_as_real(sums).flatten(4).flatten(1, 3), table).sum(0)
+        out[rows, :, low - first:low - first + count] = found.view(-1, n_classes, count + 1, p)[:, :, :-1]
+    return out.flatten(2).cpu().numpy()
 
 def weights_at_nodes(s, y, n_classes: int, first: int, n_bins: int, p: int, q: int
-                     # as in `bin_moments`; powers of a cell, 0: no cells
+                     # as in `bin_moments`; powers of a cell, an even number, 0: no cells
                     ) -> tuple: # (b, C, n_bins * p) weights; q, or 0 if there were no cells
     "Weights at `bin_nodes` by cells where there are many points, otherwise by moments of the bins."
     if not q or len(s[0]) < n_classes*n_bins*CELLS:
         return node_weights(bin_moments(s, y, n_classes, first, n_bins, p)), 0
-    sums = cell_sums(s, y, n_classes, first, n_bins, q)[..., :-1].unflatten(3, (n_bins, CELLS))
-    table = torch.as_tensor(_cells_to_nodes(q, p), device=sums.device)
-    return sum(a @ b for a, b in zip(sums, table)).flatten(2).cpu().numpy(), q
+    return weights_by_cells(s, y, n_classes, first, n_bins, p, q), q
+
 
 # %% ../nbs/internals/bins.ipynb #76ee5345
 def max_deviation(n: int # number of points

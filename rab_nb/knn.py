@@ -32,7 +32,7 @@ from .noise import GaussianNoise
 from .quantised import quantised
 from .rows import ArrayRows, ChunkRows, training_rows
 from .theory import check_relabelled
-from .votes import VOTE_LEVELS, knn_integral, nearest_columns, vote_counts
+from .votes import knn_integral, nearest_columns, vote_counts, vote_levels
 
 
 # %% ../nbs/22_knn.ipynb #3383432e
@@ -140,7 +140,7 @@ def log_rates(s, y, far, d: int, window: tuple # (b, n), (n,), (b, C) bool; as i
 # %% ../nbs/22_knn.ipynb #926da134
 def powers_in_cells(p: int) -> int: # moments of a bin
     "Powers of the cells of a bin, where there are so many points that cells pay."
-    return 4 if p <= 8 else 5
+    return 4 if p <= 8 else 6
 
 def weights_once(s, y, n_classes: int, s_low: int, s_high: int, p: int, known: dict
                  # as in `bin_moments`, `window`; what was found before
@@ -616,7 +616,9 @@ class Plan:
     blocks: int # blocks at a time
 
     def points_of(self, m: int) -> int: # test points in all
-        "Test points in a block: blocks are equal and their number is even, where there are more than 32."
+        """Test points in a block: blocks are equal, and where there are more than 32 points and a scaled copy
+        is kept, their number is even. Without a copy every block reads the training set anew."""
+        if not self.keep: return -(-m // max(1, -(-m // self.points)))
         return max(min(32, self.points), -(-m // (2*(-(-m // (2*self.points))))))
 
 def plan_of(max_memory, rows, in_memory: bool, device: str) -> Plan: # parameter; training set
@@ -688,7 +690,7 @@ def class_log_probs(model, s, tops): # (b, n) distances, (b, C, k) nearest of ev
         k,
         d,
         lambda s, near, grid, finer: knn_integral(s, y, n_classes, d, k, grid, finer),
-        VOTE_LEVELS,
+        vote_levels(s.shape[1]),
     )
 
 # %% ../nbs/22_knn.ipynb #6f3a980a
@@ -883,7 +885,7 @@ def vote_law(model, s, tops): # (b, n) distances, (b, 2, k) nearest of both clas
     if not box[3].max(initial=0) < FARTHEST_DISTANCE:
         raise ValueError(too_far(k, box[3].max()))
     (log_p, error), rows, before = np.empty((2, len(s), k + 1)), np.arange(len(s)), np.full(len(s), np.inf)
-    for step, detail in VOTE_LEVELS:
+    for step, detail in vote_levels(n):
         for grid, j in group_by_window(*box, rows, step).items():
             part = s if len(j) == len(s) else [s[i] for i in j]
             found, spread, *_ = knn_integral(part, y, 2, d, k, grid, detail, vote_counts)

@@ -130,7 +130,7 @@ def _set_apart(k: int, finer: int) -> int: # neighbours; 1, or more at a finer l
 
 # %% ../nbs/internals/votes.ipynb #5c1f0a51
 _NODES = 14 # nodes in a bin of the points that are not treated one by one
-_CELL_POWERS = 5 # in a cell of a bin, where there are cells
+_CELL_POWERS = 6 # in a cell of a bin, where there are cells
 _MOST_CELLS = 16 # neighbours up to which there are any: the error of a cell grows with the power of the odds
 
 def _bin_error(log_odds, cells: int = 0 # (bins * _NODES, J); powers of a cell, 0: no cells
@@ -276,12 +276,13 @@ def vote_counts(pair # (2, K + 1, 2, ...)
     return v0[::-1] * d1 + d0[::-1] * v1
 
 # %% ../nbs/internals/votes.ipynb #5c1f0a5d
-def _live(inside, n: int, k: int
-          # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours
+def _live(inside, n: int, k: int, others=0.
+          # (b, C, R, J) F of the nearest points, increasing in distance; training points; neighbours; (b, J)
+          # at least so many of the other points within the radius, in the mean
          ) -> np.ndarray: # (J,) bool
     "Radii at which the integrand of some test point may be above e^-745, the smallest float64."
     j = k - 1
-    fewest = 8 * inside[:, :, 7::8].sum((1, 2))
+    fewest = 8 * inside[:, :, 7::8].sum((1, 2)) + others
     most = 8 * inside[:, :, ::8].sum((1, 2)) + n * inside[:, :, -1].max(1)
     def chernoff(m): return j - m + j*np.log(np.maximum(m, 1e-300) / max(j, 1))
     log_bound = np.minimum(np.where(fewest > j, chernoff(fewest), 0), np.where(most < j, chernoff(most), 0))
@@ -303,7 +304,7 @@ def _nested(evaluate, # (columns) -> (b, C, len) rates, (b, len) relative errors
             with np.errstate(divide='ignore'):
                 log_f[..., part] = np.log(rates) + np.log(weight[part])
         done[new] = True
-        matters = log_f > np.maximum(log_f.max(-1, keepdims=True) - 60, -1e300)
+        matters = log_f > np.maximum(log_f.max(-1, keepdims=True) - 45, -1e300)
         found = np.flatnonzero(matters.any((0, 1)))
         if len(found):
             low, high = max(found[0] - stride, 0), min(found[-1] + stride, len(index) - 1)
@@ -352,8 +353,10 @@ def _laws_of_bins(top, rest, y, chi, finer: int, powers: int = _CELL_POWERS) -> 
         start = math.floor(max(start, chi.start)/BIN*finer)
         rest = rest if finer == 1 else [row*finer for row in rest]
         w, cells = weights_at_nodes(rest, y, n_classes, start, end - start, _NODES, powers)
-        w = w.reshape(b*n_classes, -1)
-        nodes = _places(bin_nodes(start, end - start, _NODES)/finer, chi)
+        w = w.reshape(b*n_classes, -1, _NODES)
+        used = w.any((0, 2))
+        w = w[:, used].reshape(b*n_classes, -1)
+        nodes = _places(bin_nodes(start, end - start, _NODES)[np.repeat(used, _NODES)]/finer, chi)
         def far(columns): return _logs(nodes, _columns(chi, columns))
     return _Laws(lambda columns: _logs(near, _columns(chi, columns)), far, w, True, cells)
 
@@ -385,6 +388,11 @@ def _laws_of_points(top, rest, y, d: int, k: int, grid: tuple, at, stride: int =
 
 # %% ../nbs/internals/votes.ipynb #8f93c75b
 VOTE_LEVELS = (1/16, 1), (1/64, 1), (1/128, 4), (1/256, 16) # step of the rule; how much finer bins are
+_NARROW = 4096 # training points from which the law of the arrival is too narrow for the first step
+
+def vote_levels(n: int) -> tuple: # training points
+    "The levels without the second, which is the first one where the first step is replaced by the second's."
+    return VOTE_LEVELS if n <= _NARROW else (VOTE_LEVELS[0], *VOTE_LEVELS[2:])
 
 def _outcomes(top, k: int, ends) -> tuple: # (b, C), or (b, K + 1)
     return len(top), (top.shape[1] if ends is wins else k + 1)
@@ -393,14 +401,18 @@ def _one_batch(top, rest, y, k: int, d: int, grid: tuple, finer: int, batches: i
                # as above; on this window; as in `rates`
               ) -> tuple: # as `_nested`
     "The vote at test points that are alike, by their bins."
-    if grid[4] > 1/64 and batches > 2:
+    if grid[4] > 1/64 and (batches > 2 or len(rest[0]) > _NARROW):
         grid = *(round(64*grid[4])*j for j in grid[:2]), *grid[2:4], 1/64
     (u, weight), stride = rule(*grid[:2], grid[4]), round((1/2 if k < 16 else 1/4)/grid[4])
     powers = _CELL_POWERS if k <= _MOST_CELLS and finer == 1 else 0
     laws = _laws_of_bins(top, rest, y, lattice(d, *grid), finer, powers)
     columns = np.arange(0, len(u), stride)
     inside = _factors(laws.near(columns))[1].reshape(*top.shape, -1)
-    live = columns[_live(inside, len(rest[0]), k)]
+    others = np.zeros((1, len(columns)))
+    if laws.far:
+        inside_of_bins = (laws.w @ _factors(laws.far(columns))[1]).reshape(len(top), top.shape[1], -1)
+        others = np.maximum(inside_of_bins.sum(1)/2, 0)
+    live = columns[_live(inside, len(rest[0]), k, others)]
     if not len(live):
         live = columns
     return _nested(lambda at: laws.rates(at, k, top.shape[1], ends), u, weight, live, stride,
@@ -452,7 +464,7 @@ def _knn_of_rows(s, y, n_classes: int, d: int, k: int, grid: tuple, finer: int, 
         for row, some in zip(s, columns):
             row[some] = math.inf
         top = top.cpu().numpy()
-        for j in _alike(top[:, :, -1].min(1), max(1, 128//k)):
+        for j in _alike(top[:, :, -1].min(1), max(1, 256//k)):
             batch, batches = (top[j], [s[i] for i in j], y, k, d, grid), total/len(j)
             few = _few_within(batch[1], batch[0].size, grid, batches)
             found = _few_in_batch(*batch, ends) if few else _one_batch(*batch, finer, batches, ends)

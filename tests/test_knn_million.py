@@ -306,10 +306,7 @@ def test_cells_and_bins_agree(monkeypatch):
             def forced(s, y, C, first, n_bins, p, q, cells=cells):
                 if cells > 1:
                     return bins.node_weights(bins.bin_moments(s, y, C, first, n_bins, p)), 0
-                sums = bins.cell_sums(s, y, C, first, n_bins, q)[..., :-1].unflatten(3, (n_bins, bins.CELLS))
-                return sum(a @ torch.as_tensor(b) for a, b in zip(sums, bins._cells_to_nodes(q, p))).flatten(
-                    2
-                ).numpy(), q
+                return bins.weights_by_cells(s, y, C, first, n_bins, p, q), q
 
             for module in (knn, votes, quantised):
                 monkeypatch.setattr(module, 'weights_at_nodes', forced)
