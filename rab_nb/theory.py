@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['smoothing_functional', 'smoothed_classifier', 'confidence', 'LevelSets', 'xi_over_sets', 'line_cells', 'Product',
-           'closed_form', 'least_vote', 'check_numbers', 'robustness_condition', 'condition_margin', 'gaussian_radius',
-           'relabelled_radius', 'check_relabelled', 'joint_norm', 'check_interval', 'uniform_certifies',
-           'uniform_linf_radius', 'laplace_radius', 'uniform_l1_radius', 'relabelled_share',
-           'relabelled_laplace_radius']
+           'closed_form', 'least_vote', 'robustness_condition', 'condition_margin', 'gaussian_radius',
+           'relabelled_radius', 'joint_norm', 'uniform_certifies', 'uniform_linf_radius', 'laplace_radius',
+           'uniform_l1_radius']
 
 # %% ../nbs/00_theory.ipynb #078fcc27
 from dataclasses import dataclass
@@ -290,6 +289,7 @@ def least_vote(eps, # law: masses over atoms, scipy.stats, Product, a noise, or 
     fine, coarse = (_component_cells(pairs, m) for m in (n, n // 2))
     return fine.least(p), 4 * np.interp(p, fine.cum_p, _interpolation_error(fine, coarse))
 
+# %% ../nbs/00_theory.ipynb #e26e8cf3
 def check_numbers(name: str, value # of any shape
                  ) -> np.ndarray: # float64
     "ValueError, with its name, where a value holds something else than numbers."
@@ -488,6 +488,7 @@ def check_interval(a, # lower end
         raise ValueError(f'uniform noise needs finite a < b, got a={a}, b={b}')
     return b - a
 
+# %% ../nbs/00_theory.ipynb #871419ac
 def _log_half_gap(p_a, p_b):
     "log(1 - (p_a - p_b) / 2), 0 where p_a < p_b: the left-hand side of (27)."
     return np.log1p(-np.maximum(_check_probability('p_a', p_a) - _check_probability('p_b', p_b), 0) / 2)
