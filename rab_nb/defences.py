@@ -562,8 +562,8 @@ class BaggedClassifier(_Voting):
 # %% ../nbs/25_defences.ipynb #25d00048
 def _pair(a, b): return ((a - b) ** 2).sum(-1) # squared distances, each from its own rows alone
 
-def nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) float64; neighbours, <= n
-                ): # yields (first, (b, n) booleans) of blocks of points
+def _nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) float64; neighbours, <= n
+                 ): # yields (first, (b, n) booleans) of blocks of points
     "Which training rows are the k nearest; of equally distant ones those with the lower numbers."
     own = (x * x).sum(1)
     if not np.isfinite(own).all(): raise ValueError('squared distances overflow: rescale the features')
@@ -606,8 +606,8 @@ class PlainKNNClassifier(_Answers):
         check_is_fitted(self, 'n_train_')
         x = check_rows(self, X, np.float64, fitted=True)
         member = (self._y[:, None] == np.arange(len(self.classes_))).astype(np.float64)
-        found = [near @ member for _, near in nearest_rows(x.reshape(len(x), -1), self._x, self.n_neighbors_)]
-        return np.concatenate(found).astype(np.int64)
+        blocks = _nearest_rows(x.reshape(len(x), -1), self._x, self.n_neighbors_)
+        return np.concatenate([near @ member for _, near in blocks]).astype(np.int64)
 
     def certify(self, X) -> RowCertificate:
         "Certificates at X, in rows: without chance, for an attacker who knows everything."

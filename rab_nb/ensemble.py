@@ -94,8 +94,10 @@ class _Settings(SearchableNoise, BaseEstimator):
                  test_noise: str = 'stream', # u of f(x + u): 'stream', 'hash' (of the trained model), 'none'
                  test_sigma: float = None, # None: u has the law of the noise; a number: N(0, test_sigma^2)
                  random_state: int = 0,
-                 device: str = 'auto', n_jobs: int = None, # worker processes on a CPU
-                 precision: str = 'auto', stack='auto', # 'float32' or 'bf16'; models trained side by side
+                 device: str = 'auto', # 'cpu', 'cuda', 'cuda:1' ...
+                 n_jobs: int = None, # worker processes on a CPU
+                 precision: str = 'auto', # 'float32' or 'bf16'
+                 stack='auto', # models trained side by side
                  keep_models: bool = True, # False: keep only the outputs at fit's eval_sets
                  max_memory: int = None, # bytes for training one group (in each worker); changes no result
                  warm_start: bool = False, # True: a second fit on the same data trains only what is missing
@@ -199,7 +201,8 @@ def _checked(self, X, y, eval_sets): # as in `fit` -> spec, inputs, class number
 
 # %% ../nbs/20_ensemble.ipynb #813e8792
 class _Fit(Voter, _Settings):
-    def fit(self, X, y=None, # (n, ...) inputs, (n,) labels
+    def fit(self, X, # (n, ...) inputs
+            y=None, # (n,) labels
             eval_sets: dict = None # name -> inputs: also keep every model's outputs at these points
            ):
         """Train the models: Algorithm 1 up to its vote.
@@ -242,14 +245,17 @@ class RABClassifier(_Fit):
             _warn_unfinished(chosen.sum(), self.n_estimators)
         return np.concatenate(order)[chosen]
 
-    def save(self, path) -> None: # *.safetensors
+    def save(self, path # *.safetensors
+            ) -> None:
         "Write the trained models."
         check_is_fitted(self, 'groups_')
         if not _has_models(self): raise ValueError('keep_models=False kept no models to save')
         save_groups(path, self.groups_, _about(self))
 
     @classmethod
-    def load(cls, path, module, dp=None): # the file; the module or function, and the DPSGD, of `fit`
+    def load(cls, path, # of the file
+             module, dp=None # what `fit` had
+            ): # RABClassifier, fitted
         "Read what `save` wrote; ValueError if it was trained with another `dp` or another network."
         return _load(cls, path, module, dp)
 

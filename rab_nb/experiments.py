@@ -28,13 +28,11 @@ from .store import SIZES, Label, canonical, check_sizes, plain, without_defaults
 from .workers import check_name, register
 
 # %% ../nbs/internals/experiments.ipynb #d234ed58
-MODULES = {name: getattr(networks, name) for name in
-           ('mnist_cnn', 'digits_cnn', 'photos_cnn', 'mlp', 'preact_resnet', 'small_resnet', 'strided_cnn',
-            'resnet18')}
+MODULES = {make.__name__: make for make in (
+    networks.mnist_cnn, networks.digits_cnn, networks.photos_cnn, networks.mlp, networks.preact_resnet,
+    networks.small_resnet, networks.strided_cnn, networks.resnet18, efficientnet_lite0)}
 
 # %% ../nbs/internals/experiments.ipynb #b028b458
-MODULES['efficientnet_lite0'] = efficientnet_lite0
-
 def _named(table: dict, # name -> function
            settings: dict, # arguments and, under `key`, the name
            key: str = 'name'):

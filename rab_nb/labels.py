@@ -16,7 +16,7 @@ from scipy.special import log_ndtr, logsumexp, ndtr, ndtri_exp
 # %% ../nbs/23_labels.ipynb #1abe000c
 @dataclass(frozen=True, eq=False)
 class _FlipLaw:
-    "Law of the label ratio for r relabelled rows, see `flip_law`."
+    "Law of the label ratio for r relabelled rows, see `_flip_law`."
     step: float # L, the log ratio of one row
     k: np.ndarray # (m,) numbers of clean minus poisoned labels
     log_clean: np.ndarray # (m,) their log probabilities under the clean labels
@@ -38,10 +38,10 @@ def _log_coefficients(up, stay, down, r): # -> (r + 1,) longdouble, of x^2r ... 
 _FLOOR = -400. # log probability of the outcomes that are left out
 
 @lru_cache(maxsize=64)
-def flip_law(flip: float, # probability that a label is replaced, in (0, 1 - 1/n_classes)
-              n_relabelled: int, # r, >= 1
-              n_classes: int = 2 # C
-             ) -> _FlipLaw: # under the clean and under the poisoned labels
+def _flip_law(flip: float, # probability that a label is replaced, in (0, 1 - 1/n_classes)
+               n_relabelled: int, # r, >= 1
+               n_classes: int = 2 # C
+              ) -> _FlipLaw: # under the clean and under the poisoned labels
     "Law of the label ratio when r rows carry another label than they should, exact up to `dropped`."
     r, flip = n_relabelled, np.longdouble(flip)
     other = flip / (n_classes - 1)
@@ -89,9 +89,9 @@ def _median(law, s): # (m,) shifts -> (m,) medians of the log ratio under the cl
     return t
 
 # %% ../nbs/23_labels.ipynb #1abe0014
-def log_least(law: _FlipLaw, # of the labels
-               s # (m,) shifts in standard deviations, > 0
-              ) -> np.ndarray: # (m,), never too large but for rounding
+def _log_least(law: _FlipLaw, # of the labels
+                s # (m,) shifts in standard deviations, > 0
+               ) -> np.ndarray: # (m,), never too large but for rounding
     """log Q(s): what a rival needs under the poisoned law to have had one half under the clean one (Neyman
     and Pearson)."""
     t = _median(law, s)
@@ -192,10 +192,10 @@ def _extreme(law, s, log_p, t, log_above, most): # (m,) each, from `_level` -> (
 # %% ../nbs/23_labels.ipynb #1abe001d
 def _shift_of_two(log_q, law): # (m,) log(1 - p_A) -> (m,) shifts, NaN where nothing is certified
     need = log_q + 1e-13 + 3e-15 * np.abs(log_q)
-    out, wins = np.full(len(need), np.nan), need < log_least(law, np.array([_TINY]))
+    out, wins = np.full(len(need), np.nan), need < _log_least(law, np.array([_TINY]))
     if wins.any():
         high = -ndtri_exp(need[wins].min())
-        out[wins] = _roots(lambda s: log_least(law, np.maximum(s, _TINY)), need[wins], high)
+        out[wins] = _roots(lambda s: _log_least(law, np.maximum(s, _TINY)), need[wins], high)
     return out
 
 def _by_labels(law, log_p): # (m,) -> (m,) least and (m,) most clean probability where nothing is shifted
@@ -342,7 +342,7 @@ def relabelled_shift(log_q_a, # (m,) log(1 - p_A)
                      n_classes: int = 2 # C
                     ) -> np.ndarray: # (m,) in standard deviations, rounded down; NaN where none is certified
     "Largest certified shift when r rows carry wrong labels too (Theorem 1 for the product of both noises)."
-    law = flip_law(float(flip), int(n_relabelled), int(n_classes))
+    law = _flip_law(float(flip), int(n_relabelled), int(n_classes))
     same, out = log_q_a == log_p_b, np.empty(len(log_q_a))
     if same.any():
         out[same] = _shift_of_two(log_q_a[same], law)
@@ -367,7 +367,7 @@ def overlap_share(log_q_a, # (m,) log(1 - p_A)
                   n_classes: int = 2 # C
                  ) -> np.ndarray: # (m,), rounded down; NaN where not even 0 is certified
     "How much of the box of uniform noise may leave the overlap when r rows carry wrong labels as well."
-    law, q, p = flip_law(float(flip), int(n_relabelled), int(n_classes)), np.exp(log_q_a), np.exp(log_p_b)
+    law, q, p = _flip_law(float(flip), int(n_relabelled), int(n_classes)), np.exp(log_q_a), np.exp(log_p_b)
     def excess(tau):
         with np.errstate(divide='ignore', invalid='ignore'):
             both = _label_most(law, q / (1 - tau)) + _label_most(law, p / (1 - tau))
@@ -427,6 +427,6 @@ def laplace_shift(log_q_a, # (m,) log(1 - p_A)
                   n_classes: int = 2 # C
                  ) -> np.ndarray: # (m,) in scales, rounded down; NaN where not even 0 is certified
     "As `relabelled_shift`, for Laplace noise and the total l1 norm."
-    law = flip_law(float(flip), int(n_relabelled), int(n_classes))
+    law = _flip_law(float(flip), int(n_relabelled), int(n_classes))
     logs, back = np.unique(np.maximum([log_q_a, log_p_b], -600.), axis=1, return_inverse=True)
     return _laplace_roots(*logs, law)[np.ravel(back)]

@@ -198,8 +198,8 @@ def _readings(scores, # frame of `beside_paper`
     return {reading: gap for reading, gap in found.items() if len(gap)}
 
 # %% ../nbs/internals/report.ipynb #9a1f0002
-def informative(scores # frame of `beside_paper`
-               ): # frame of `over_seeds` with a column gap
+def _informative(scores # frame of `beside_paper`
+                ): # frame of `over_seeds` with a column gap
     """The cells that are not 0 or 1 in the paper and here, without those that the paper repeats, and their
     absolute differences."""
     cells = over_seeds(scores).dropna(subset='paper')
@@ -220,7 +220,7 @@ def verdict(scores, # frame of `beside_paper`
     if table.dataset not in set(scores.data):
         used = ', '.join(sorted(set(scores.data)))
         return f'Not compared: {used} stands in for {DATASET_NAMES[table.dataset]}.'
-    told, readings = informative(scores).gap, _readings(scores, table)
+    told, readings = _informative(scores).gap, _readings(scores, table)
     if len(told) == len(readings.get('', ())):
         readings.pop('', None)
     said = [f'{reading or "all:"} {closeness(gap)}' for reading, gap in readings.items()]
@@ -495,9 +495,9 @@ def difference_lines(cells # frame of `over_seeds`, cells with a number of the p
     return lines
 
 # %% ../nbs/internals/report.ipynb #9a1f0012
-def _beyond_chance(scores): # frame of `beside_paper` of an ensemble -> frame of `informative`
+def _beyond_chance(scores): # frame of `beside_paper` of an ensemble -> frame of `_informative`
     least = 1 / scores[scores.pair == 'mean'].n_points.min()
-    told = informative(scores)
+    told = _informative(scores)
     return told[told.gap > 3 * np.sqrt(2) * np.maximum(told.sampling_error, least)]
 
 def _cells_in_words(cells): # frame of `_beyond_chance` -> a Markdown table
@@ -516,7 +516,7 @@ def open_cells(scores, # frame of `beside_paper` of an ensemble, at the paper's 
     frames = {'means over pairs': scores}
     if len(pairs) > 1:
         frames |= {f'the pair {pair} alone': of_pair(scores, pair, table) for pair in pairs}
-    told, beyond = ({k: f(v) for k, v in frames.items()} for f in (informative, _beyond_chance))
+    told, beyond = ({k: f(v) for k, v in frames.items()} for f in (_informative, _beyond_chance))
     counts = '; '.join(f'{k}: {len(beyond[k])} of {len(told[k])}' for k in frames if len(told[k]))
     said = ("Distinct, informative cells more than three standard errors from the paper's: "
             f"{counts or 'none'}.")
@@ -968,9 +968,9 @@ def make_table(number: int, # table, 1-9
                         folder=f"results/{profile['profile']}", compute=False, **more)
 
 # %% ../nbs/internals/report.ipynb #12498fb6
-def print_locations(name: str, # profile
-                    numbers: list # tables
-                   ) -> None:
+def _print_locations(name: str, # profile
+                     numbers: list # tables
+                    ) -> None:
     "Print where the tables are, one line each."
     name = load_profile(name)['profile']
     for number in numbers:
@@ -1008,7 +1008,7 @@ def main(arguments=None # of the command line
         if given.command == 'make':
             make_table(given.number, given.profile, not given.finished)
         elif given.command == 'where':
-            print_locations(given.profile, given.numbers)
+            _print_locations(given.profile, given.numbers)
         else:
             write_list()
     except (ValueError, OSError, RuntimeError, ImportError) as error:

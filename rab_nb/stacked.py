@@ -75,11 +75,11 @@ class Windows(torch.autograd.Function):
         return out.to(grad.dtype), None, None
 
 # %% ../nbs/internals/stacked.ipynb #ba69199c
-def conv_as_product(x: torch.Tensor, # (M*B, c, h, w)
-                    weight: torch.Tensor, # (M, o, c, kh, kw)
-                    bias, # (M, o) or None
-                    stride, padding # pairs of integers
-                   ) -> torch.Tensor: # (M*B, o, h', w')
+def _conv_as_product(x: torch.Tensor, # (M*B, c, h, w)
+                     weight: torch.Tensor, # (M, o, c, kh, kw)
+                     bias, # (M, o) or None
+                     stride, padding # pairs of integers
+                    ) -> torch.Tensor: # (M*B, o, h', w')
     "Convolution of M models as one batched matrix product over windows."
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     rows = Windows.apply(x, tuple(weight.shape[3:]), stride)
@@ -101,7 +101,7 @@ class StackedConv2d(_Stacked):
     def forward(self, x):
         m, single = len(self.weight), len(self.weight) == 1 and not self.one_as_product
         if self.as_product and not (single or self.models_in_channels):
-            return conv_as_product(x, self.weight, self.bias, self.stride, self.padding)
+            return _conv_as_product(x, self.weight, self.bias, self.stride, self.padding)
         weight = self.weight[0] if m == 1 else self.weight.flatten(0, 1)
         bias = None if self.bias is None else self.bias.flatten()
         moved = m > 1 and not self.models_in_channels
@@ -272,8 +272,8 @@ def _difference(one, other):
         if _differ(plain.get((owner, name)), values.get((owner, name))):
             return f'another {name!r} in {owner} than model 0'
 
-def check_alike(modules: list # networks that shall become one stack
-               ) -> None:
+def _check_alike(modules: list # networks that shall become one stack
+                ) -> None:
     "ValueError, with the first difference, if modules differ in more than parameters' and buffers' values."
     for k, other in enumerate(modules[1:], 1):
         if found := _difference(modules[0], other):
@@ -292,7 +292,7 @@ def _modules(module, n_models): # -> list of one module or of M
     if several and len(modules) != n_models:
         raise ValueError(f'a stack of {n_models} models needs one module or a list of {n_models}, '
                          f'got a list of {len(modules)}')
-    check_alike(modules)
+    _check_alike(modules)
     return modules
 
 def _values(modules, kind, m): # yields name, (M, ...)
@@ -619,8 +619,8 @@ def hashes(values: dict # as returned by `state`
     return [hashlib.sha256(raw(m)).hexdigest() for m in range(len(rows[0]))]
 
 # %% ../nbs/internals/stacked.ipynb #dbd3d41e
-def own_parts(module: nn.Module # any
-             ) -> str: # names of its parts, for a message
+def _own_parts(module: nn.Module # any
+              ) -> str: # names of its parts, for a message
     "The parts of a module whose code is not torch's."
     own = [f'{name or "the module itself"} ({type(m).__name__})' for name, m in module.named_modules()
            if not type(m).__module__.startswith('torch.')]
@@ -699,4 +699,4 @@ def check_independence(module: nn.Module, x: torch.Tensor, # (B, ...) some input
         except Exception as e:
             why = str(e) or type(e).__name__
     if not why: return
-    raise ValueError(f'cannot stack {own_parts(module)}: {why}; train one model at a time with stack=1')
+    raise ValueError(f'cannot stack {_own_parts(module)}: {why}; train one model at a time with stack=1')
