@@ -3,7 +3,6 @@
 Nothing is executed: pages show the outputs that the notebooks were saved with (`make outputs-check` tells whether they are true)."""
 import argparse
 import ast
-import gzip
 import json
 import re
 import shutil
@@ -169,7 +168,7 @@ class Site:
         "Markdown that a cell displays: links from the notebook or from results/; others become plain text."
         def seen(piece):
             base = next((base for base in (path, 'results/README.md') if self.files.exists(piece, base)), None)
-            return self.files.link(piece, base, page_of(path)) if base else plain(piece)
+            return self.files.link(piece, base) if base else plain(piece)
 
         for output in cell.outputs:
             if 'text/markdown' in output.get('data', {}):
@@ -259,28 +258,12 @@ class Site:
         titles = [f'Table {page[-1]} ({page.split("/")[1]}) </{page}>' for page in rest]
         return '\n\n```{toctree}\n:caption: Other profiles\n:hidden:\n\n' + '\n'.join(titles) + '\n```\n' if rest else ''
 
-    def copy_report(self):
-        "All tables on one self-contained page, with the files it links to; its links to executed notebooks lead to their pages, and tidy numbers are compressed."
-        from rab_nb.report import one_page
-        results, there = ROOT / 'results', self.source / 'extra/report'
-        for path in [path for profile in PROFILES for path in (results / profile).glob('table[1-9].*') if path.suffix in ('.csv', '.tex')]:
-            target = there / path.relative_to(results)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == '.csv': target.with_suffix('.csv.gz').write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-            else: shutil.copyfile(path, target)
-        there.mkdir(parents=True, exist_ok=True)
-        text = re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', one_page(results))
-        text = re.sub(r'(href="\w+/table\d\.csv)"', r'\1.gz"', text)
-        (there / 'index.html').write_text(text, encoding='utf-8')
-
     def build(self):
-        (self.source / 'extra').mkdir(parents=True)
         read = [self.read(path) for path in self.paths]
         for args in read: self.write(*args)
         self.write_reference()
         self.write_text('results/README.md', 'results/index', self.other_runs())
         self.write_text('CONTRIBUTING.md', 'contributing')
-        self.copy_report()
         if self.files.broken: raise SystemExit('links to nowhere:\n' + '\n'.join(self.files.broken))
         shutil.copytree(ROOT / 'docs/site', self.source, dirs_exist_ok=True, ignore=shutil.ignore_patterns('landing.md', '__pycache__'))
 

@@ -26,7 +26,8 @@ from .certificate import check_classes, rivals_upper, side_level
 from .pool import map_groups
 from .training import TrainSpec, answer_groups, check_network, resolved, train_group
 from .estimators import SmoothedEnsembleClassifier, is_plain_centroid, seeded
-from .inputs import check_labels, check_rows, record_features, to_array, to_labels
+from .inputs import (check_choice, check_labels, check_rows, check_seed, check_whole, record_features,
+                           to_array, to_labels)
 from .noise import GaussianNoise, rng, stream
 
 # %% ../nbs/25_defences.ipynb #25d00009
@@ -193,15 +194,6 @@ def vote_radius(votes: np.ndarray # (n, C) whole numbers
     return winner, needed.min(1) - 1
 
 # %% ../nbs/25_defences.ipynb #25d00014
-def _whole(name, value, least, hint=''):
-    "A whole number that is large enough, or ValueError."
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f'{name} must be a whole number >= {least}, got {value!r}{hint}')
-    return int(value)
-
-def _one_of(name, value, allowed):
-    if value not in allowed: raise ValueError(f'{name} must be one of {list(allowed)}, got {value!r}')
-
 def _is_network(estimator):
     return isinstance(estimator, nn.Module) or not hasattr(estimator, 'fit') and callable(estimator)
 
@@ -371,9 +363,7 @@ class _Voting(_Answers):
         x = check_rows(self, X)
         self.classes_, y = check_labels(y, len(x), least=1)
         record_features(self, X, x.shape[1:])
-        if isinstance(self.random_state, bool) or not isinstance(self.random_state, (int, np.integer)):
-            raise ValueError('random_state must be a whole number, as every draw is a function of it, '
-                             f'got {self.random_state!r}')
+        check_seed(self.random_state)
         _fit_models(self, x, y, *self._share_out(x, y))
         self.n_train_ = len(x)
         return self
@@ -481,12 +471,12 @@ class PartitionClassifier(_Partitions):
     without rows has no vote, a part of one class votes for it. ValueError for settings that cannot work, such
     as more partitions than rows."""
     def _share_out(self, x, y): # rows of every model, where each starts
-        k = _whole('n_partitions', self.n_partitions, 1)
+        k = check_whole('n_partitions', self.n_partitions)
         if k > len(x):
             raise ValueError(f'n_partitions = {k} is more than n_samples = {len(x)}: at most that many parts '
                              'can have a training row; take fewer partitions')
-        _one_of('assign_by', self.assign_by, ('position', 'content'))
-        _one_of('election', self.election, ('majority', 'run-off'))
+        check_choice('assign_by', self.assign_by, ('position', 'content'))
+        check_choice('election', self.election, ('majority', 'run-off'))
         self.rows_, self.starts_ = assign_rows(x.reshape(len(x), -1), y, k, self.random_state, self.assign_by)
         self.assign_by_, self.election_ = self.assign_by, self.election
         return self.rows_, self.starts_
@@ -541,7 +531,7 @@ class BaggedClassifier(_Voting):
         self.epochs, self.batch_size, self.lr, self.device = epochs, batch_size, lr, device
 
     def _share_out(self, x, y): # rows of every model, where each starts
-        size, models = _whole('bag_size', self.bag_size, 1), _whole('n_estimators', self.n_estimators, 1)
+        size, models = check_whole('bag_size', self.bag_size), check_whole('n_estimators', self.n_estimators)
         self.bag_size_ = size
         rows = [rng(self.random_state, 'bag', k).integers(len(x), size=size) for k in range(models)]
         return np.concatenate(rows), np.arange(models + 1) * size
@@ -595,7 +585,7 @@ class PlainKNNClassifier(_Answers):
         "Keep the training set."
         x = check_rows(self, X, np.float64)
         self.classes_, y = check_labels(y, len(x), least=1)
-        k = _whole('n_neighbors', self.n_neighbors, 1)
+        k = check_whole('n_neighbors', self.n_neighbors)
         if k > len(x): raise ValueError(f'n_neighbors = {k} is more than n_samples = {len(x)}: take fewer')
         record_features(self, X, x.shape[1:])
         self.n_train_, self.n_neighbors_, self._x, self._y = len(x), k, x.reshape(len(x), -1), y
@@ -696,7 +686,7 @@ def _at(c, n_rows, norm):
     return i, np.abs(np.log(c.norms) - np.log(norm)).argmin()
 
 def _chosen(c, defence, n_rows, norm, relabelled):
-    _one_of('defence', defence, c.candidates)
+    check_choice('defence', defence, c.candidates)
     return c.candidates[defence][c.choice[defence][(int(relabelled), *_at(c, n_rows, norm))]]
 
 def setting_of(candidate) -> str: # e.g. 'n_partitions=50'
@@ -814,7 +804,7 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     out for this, and is then trained on all of them. ValueError for inputs that cannot be used, and for rows
     and norms that are no attack. Half a minute for 5,000 rows of 50 features."""
     for name, value in dict(max_points=max_points, n_models=n_models).items():
-        _whole(name, value, 1)
+        check_whole(name, value)
     x = check_rows(PlainKNNClassifier(), X)
     classes, at = check_labels(y, len(x))
     y = to_labels(y)

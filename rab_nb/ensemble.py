@@ -17,9 +17,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .certificate import certify
-from .inputs import check_device, check_labels, check_rows, record_features, warn_scale
+from .inputs import check_device, check_labels, check_rows, check_whole, record_features, warn_scale
 from .noise import GaussianNoise, SearchableNoise, noise_from_repr
-from .training import (TrainSpec, answer_groups, check_network, check_scale, check_whole, fingerprint,
+from .training import (TrainSpec, answer_groups, check_network, check_scale, fingerprint,
                              initial_module, load_groups, noise_size, plain_or_repr, save_groups, stackable,
                              trained_part,
                              resolved, train_groups, u_law)

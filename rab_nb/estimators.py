@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
 from .ensemble import Voter
-from .inputs import check_labels, check_rows, record_features, warn_scale
+from .inputs import check_labels, check_rows, check_whole, record_features, warn_scale
 from .noise import GaussianNoise, SearchableNoise, generator, rng
 from .pool import map_groups
 from .training import TrainSpec, draw_noise, draw_u, noise_size, noisy_labels
@@ -158,9 +158,7 @@ class _Settings(SearchableNoise, BaseEstimator):
 def _settings(self, x, y): # checked settings, and a text that is equal where the models are
     import joblib
     _check_estimator(self.estimator)
-    n = self.n_estimators
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f'n_estimators must be a whole number >= 1, got {n!r}')
+    check_whole('n_estimators', self.n_estimators)
     spec = TrainSpec(clone, self.noise, len(self.classes_), label_noise=self.label_noise,
                      test_sigma=self.test_sigma, random_state=self.random_state)
     plain = bool(self.closed_form) and is_plain_centroid(self.estimator, self.noise)

@@ -329,3 +329,24 @@ def check_device(device: str # as from `device_name`
     if (torch.device(device).index or 0) >= count:
         raise ValueError(f"device={device!r}: torch sees {count} CUDA devices, "
                          f"the last is 'cuda:{count - 1}'")
+
+# %% ../nbs/05_inputs.ipynb #1a05c062
+def check_whole(name: str, value, # of the argument
+                least: int | None = 1, # None: any whole number will do
+                hint: str = '' # end of the message
+               ) -> int:
+    "The value; ValueError unless it is a whole number that is large enough, and not a truth value."
+    wanted = 'a whole number' if least is None else f'a whole number >= {least}'
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or least is not None and value < least:
+        raise ValueError(f'{name} must be {wanted}, got {value!r}{hint}')
+    return int(value)
+
+def check_seed(value) -> None:
+    "ValueError unless a random_state is a whole number."
+    check_whole('random_state', value, None, ': every draw is a function of it')
+
+def check_choice(name: str, value, allowed: tuple # of the argument
+                ) -> None:
+    "ValueError unless the value is one of those allowed."
+    if value not in allowed: raise ValueError(f'{name} must be one of {list(allowed)}, got {value!r}')

@@ -804,76 +804,7 @@ def _glance(results, pages, number): # a line
                 ours=mean(*as_paper), tightest=mean(['hard', 'exact'], ['clopper_pearson', 'exact']),
                 paper=mean(*as_paper, 'paper') if compared else '')
 
-# %% ../nbs/internals/report.ipynb #6b670f96
-_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;
-color:#222;background:#fff}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}
-td,th{padding:.15rem .5rem;text-align:right;white-space:nowrap}
-th{white-space:normal;border-bottom:1px solid;vertical-align:bottom}
-td:nth-child(-n+4),th:nth-child(-n+4){text-align:left}
-img{max-width:100%;height:auto}
-section{margin-top:3rem;border-top:2px solid #ddd}
-.caption{color:#555;font-size:.85rem}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}a{color:#8cf}img{background:#fff}
-.caption{color:#aaa}}
-@media print{section{break-before:page}.scroll{overflow:visible}table{font-size:.5rem}}'''
-
-def _html_table(columns: list, # titles
-                lines: list # of cells
-               ) -> str: # HTML
-    "Lines of cells as an HTML table that scrolls inside the page."
-    from html import escape
-    row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{escape(str(cell))}</{tag}>'
-                                              for cell in cells) + '</tr>'
-    def table(columns, lines):
-        body = ''.join(row(line, 'td') for line in lines)
-        return (f'<div class="scroll"><table><thead>{row(columns, "th")}</thead><tbody>{body}</tbody></table>'
-                '</div>')
-    parts = _without_rates(*_in_one_column(columns, lines))
-    return ''.join(table(*part) for part in parts if part)
-
-# %% ../nbs/internals/report.ipynb #70a8487d
-def _table_section(page: dict, # of `page_of`
-                   results: Path # for the figure
-                  ) -> str: # HTML
-    "One table of the page."
-    from base64 import b64encode
-    from html import escape
-    text = {key: escape(str(page.get(key, ''))) for key in ('number', 'title', 'profile', 'caption',
-                                                            'verdict', 'findings')}
-    name = f"{text['profile']}/table{text['number']}"
-    head = (f'<section id="{name}"><h2>Table {text["number"]}: {text["title"]} ({text["profile"]})</h2><p '
-            f'class="caption">{text["caption"]}</p>'
-            f'<p><b>Verdict.</b> {text["verdict"]}</p>{_html_table(page["columns"], page["lines"])}')
-    if 'findings' not in page: return f'{head}</section>'
-    picture = b64encode((results / page['profile'] / f"table{page['number']}.png").read_bytes()).decode()
-    return (f'{head}<h3>What the paper leaves '
-            f'out</h3>{_html_table(page["honest_columns"], page["honest"])}<p>{text["findings"]}</p>'
-            '<h3>The same models under other '
-            f'statements</h3>{_html_table(page["statement_columns"], page["statements"])}'
-            '<p><img alt="Certified accuracy against total radius, a panel per attack" '
-            f'src="data:image/png;base64,{picture}"></p>'
-            f'<p><a href="{name}.ipynb">executed notebook</a>, <a href="{name}.csv">tidy numbers</a>, <a '
-            f'href="{name}.tex">LaTeX</a></p></section>')
-
 # %% ../nbs/internals/report.ipynb #c22dfa7a
-def one_page(results: Path # folder with a folder per profile
-            ) -> str: # HTML
-    "All tables on one self-contained page; links lead to a folder per profile beside it."
-    from html import escape
-    found = [page for page in all_pages(results) if 'asked' not in page]
-    def link(page):
-        profile, number, title = escape(page['profile']), int(page['number']), escape(page['title'])
-        return f'<li><a href="#{profile}/table{number}">{profile}: Table {number}, {title}</a></li>'
-    head = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-            'content="width=device-width, initial-scale=1">'
-            f'<title>rab_nb results</title><style>{_STYLE}</style><h1>rab_nb: every table, ours beside the '
-            'paper</h1>')
-    parts = [head, f'<p>{escape(_MEANING)}</p><ul>', *map(link, found), '</ul>',
-             *(_table_section(page, results) for page in found), '</html>\n']
-    return ''.join(parts)
-
 def write_list(results: Path = ROOT / 'results' # folder with a folder per profile
               ) -> Path: # results/README.md
     "Write the list of all tables."

@@ -29,7 +29,7 @@ from torch.optim.adam import adam
 from tqdm.auto import tqdm
 
 from .features import FeatureStore, Frozen, body_features, row_digests
-from .inputs import check_device, device_name, image_hint
+from .inputs import check_choice, check_device, check_seed, check_whole, device_name, image_hint
 from .noise import GaussianNoise, generator, global_stream
 from .pool import map_groups, one_thread
 from .stacked import Stack, check_independence, hashes, load_state, state
@@ -62,19 +62,10 @@ class TrainSpec:
             object.__setattr__(self, 'device', device_name(self.device))
 
 # %% ../nbs/internals/training.ipynb #d14a08df
-def check_whole(name: str, value, least: int = 1 # of the argument
-               ) -> None:
-    "ValueError unless the value is a whole number, and not a truth value."
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f'{name} must be a whole number >= {least}, got {value!r}')
-
 def _real(name, value, allowed, ok):
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, complex))
     if not (number and math.isfinite(value) and ok(value)):
         raise ValueError(f'{name} must be a finite number {allowed}, got {value!r}')
-
-def _one_of(name, value, allowed):
-    if value not in allowed: raise ValueError(f'{name} must be one of {list(allowed)}, got {value!r}')
 
 # %% ../nbs/internals/training.ipynb #e76eeb56
 def _check_spec(s):
@@ -86,11 +77,9 @@ def _check_spec(s):
     if s.max_memory is not None:
         check_whole('max_memory', s.max_memory)
     _real('lr', s.lr, '> 0', lambda v: v > 0)
-    _one_of('start', s.start, ('own', 'shared'))
-    _one_of('precision', s.precision, ('auto', 'float32', 'bf16'))
-    if isinstance(s.random_state, bool) or not isinstance(s.random_state, (int, np.integer)):
-        raise ValueError('random_state must be a whole number, as every draw is a function of it; '
-                         f'got {s.random_state!r}')
+    check_choice('start', s.start, ('own', 'shared'))
+    check_choice('precision', s.precision, ('auto', 'float32', 'bf16'))
+    check_seed(s.random_state)
     if s.dp is not None and not hasattr(s.dp, 'gradient'):
         raise ValueError(f'dp must make gradients, as DPSGD(5.0, 4.0) does, got {s.dp!r}')
     if not callable(s.module):
@@ -110,7 +99,7 @@ def _check_noise(s):
     c = s.n_classes
     allowed = f'in [0, {1 - 1 / c:.4g}), so that the true label stays the likeliest'
     _real('label_noise', s.label_noise, allowed, lambda v: 0 <= v * c < c - 1)
-    _one_of('test_noise', s.test_noise, ('stream', 'hash', 'none'))
+    check_choice('test_noise', s.test_noise, ('stream', 'hash', 'none'))
     if s.test_sigma is None: return
     _real('test_sigma', s.test_sigma, '>= 0', lambda v: v >= 0)
     if s.test_noise != 'stream':
