@@ -20,7 +20,6 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'rows pool dp noise features inputs stacked bins chi bounds theory labels']
 WIDTH = 110  # columns of code
 NOT_YET = set()  # stems of notebooks that are not reformatted yet
-LATER = {'knn', 'bins', 'chi', 'votes', 'quantised', 'rows'}
 PROMISED = {  # what the package offers and nothing inside it calls
     ('bounds', 'empirical_bernstein'), ('bounds', 'betting'), ('bounds', 'clopper_pearson'), ('cli', 'main'),
     ('defences', 'BaggedClassifier'), ('defences', 'PlainKNNClassifier'), ('defences', 'RowCertificate'),
@@ -111,7 +110,7 @@ def test_use_is_seen():
 def test_public_names_are_few_and_used():
     """Public is what a user or another page takes from a room, and what CONTRIBUTING's recipes and profiles
     name. The rest is for `#| exporti` or an underscore: it can change without notice."""
-    public = {(path.stem, name) for path in MODULES for name in public_names(path) if path.stem not in LATER}
+    public = {(path.stem, name) for path in MODULES for name in public_names(path)}
     used = {(room, name) for name, room in rab_nb._ROOMS.items()}
     used |= {use for path in MODULES for use in used_names(path.read_text()) if use[0] != path.stem}
     readers = [path for path in NOTEBOOKS if path.parent.name != 'internals']
