@@ -29,8 +29,9 @@ from .workers import check_name, register
 
 # %% ../nbs/internals/experiments.ipynb #d234ed58
 MODULES = {make.__name__: make for make in (
-    networks.mnist_cnn, networks.digits_cnn, networks.photos_cnn, networks.mlp, networks.preact_resnet,
-    networks.small_resnet, networks.strided_cnn, networks.resnet18, efficientnet_lite0)}
+    networks.mnist_cnn, networks.coarse_cnn, networks.digits_cnn, networks.photos_cnn, networks.mlp,
+    networks.preact_resnet, networks.small_resnet, networks.strided_cnn, networks.resnet18,
+    efficientnet_lite0)}
 
 # %% ../nbs/internals/experiments.ipynb #b028b458
 def _named(table: dict, # name -> function

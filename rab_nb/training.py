@@ -575,13 +575,16 @@ def _split(spec): # resolved -> the frozen body or None, settings of what is tra
 
 # %% ../nbs/internals/training.ipynb #f0ea0004
 def _named_body(spec, body): # what features depend on besides rows and noise
-    weights = hashes({k: v[None] for k, v in body.state_dict().items()})[0]
+    weights = hashes({k: v[None] for k, v in body.state_dict().items()} or {'': torch.zeros(1)})[0]
     text, where = hashlib.sha256(repr(body).encode()).hexdigest(), spec.device.split(':')[0]
     return f'{text} {weights} {spec.precision} {where}'
 
+def _kept(body): # averaging, or any body without weights, is as quick as reading a file
+    return FeatureStore(os.environ.get('RAB_FEATURES') if any(True for _ in body.parameters()) else None)
+
 def _smoothed_features(spec, body, x, models) -> torch.Tensor: # (n, ...) training inputs -> (M, n, f) float32
     rows, shape, body = to_rows(x), tuple(np.shape(x)[1:]), body.to(spec.device)
-    store, digests = FeatureStore(os.environ.get('RAB_FEATURES') or None), row_digests(x)
+    store, digests = _kept(body), row_digests(x)
     def of(k):
         small = draw_noise(spec, rows, k) if rows.shape[1] <= WHOLE else None
         def make(i):
@@ -595,7 +598,7 @@ def _smoothed_features(spec, body, x, models) -> torch.Tensor: # (n, ...) traini
 
 def _test_features(spec, body, x, u) -> torch.Tensor: # (n, ...) inputs, (M, 1, d) -> (M, n, f) float32
     rows, shape, body = to_rows(x), tuple(np.shape(x)[1:]), body.to(spec.device)
-    store, digests = FeatureStore(os.environ.get('RAB_FEATURES') or None), row_digests(x, numbered=False)
+    store, digests = _kept(body), row_digests(x, numbered=False)
     def of(shift):
         name = f'{_named_body(spec, body)} {shape} u {hashlib.sha256(shift.numpy().tobytes()).hexdigest()}'
         make = lambda i: to_inputs(rows[torch.from_numpy(i)] + shift, shape)
