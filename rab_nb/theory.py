@@ -329,12 +329,20 @@ def condition_margin(eps, # law of the noise, see `least_vote`
 
 # %% ../nbs/00_theory.ipynb #a0d3b064
 def _check_log_probability(name, log_p):
-    "`log_p` as float64, or ValueError where it is positive or NaN."
+    "`log_p` as float64, or None for None; ValueError where it is positive or NaN."
+    if log_p is None: return None
     log_p = check_numbers(name, log_p)
     bad = ~(log_p <= 0)
     if bad.any():
         raise ValueError(f'{name} must be the logarithm of a probability, <= 0, got {log_p[bad].flat[0]}')
     return log_p
+
+def _check_radius_of(p_a, p_b, scale, log_q_a, log_p_b, name): # arguments of a radius, and the scale's name
+    scale = check_numbers(name, scale)
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f'{name} must be a finite number > 0, got {scale}')
+    return (_check_probability('p_a', p_a), _check_probability('p_b', p_b), scale,
+            _check_log_probability('log_q_a', log_q_a), _check_log_probability('log_p_b', log_p_b))
 
 # %% ../nbs/00_theory.ipynb #072dbc21
 def _complement(p_a, p_b):
@@ -367,14 +375,7 @@ def gaussian_radius(p_a, # lower bound of the winner's probability, in [0, 1], a
                     log_p_b=None # log(p_b): exact where p_b underflows
                    ): # certified total l2 norm of all patterns together; 0 where nothing is certified
     "sigma/2 (ppf(p_a) - ppf(p_b)), the right-hand side of (24), to 1e-12 relative."
-    p_a, p_b = _check_probability('p_a', p_a), _check_probability('p_b', p_b)
-    sigma = check_numbers('sigma', sigma)
-    if not (np.isfinite(sigma) & (sigma > 0)).all():
-        raise ValueError(f'sigma must be a finite number > 0, got {sigma}')
-    if log_q_a is not None:
-        log_q_a = _check_log_probability('log_q_a', log_q_a)
-    if log_p_b is not None:
-        log_p_b = _check_log_probability('log_p_b', log_p_b)
+    p_a, p_b, sigma, log_q_a, log_p_b = _check_radius_of(p_a, p_b, sigma, log_q_a, log_p_b, 'sigma')
     z_a = np.where(p_a == 1, -ndtri(_complement(p_a, p_b)), ndtri(p_a))
     z_a = _replace_tail(z_a, lambda v: -ndtri_exp(v), log_q_a)
     z_b = _replace_tail(ndtri(p_b), ndtri_exp, log_p_b)
@@ -524,14 +525,7 @@ def laplace_radius(p_a, # lower bound of the winner's probability, in [0, 1], an
                    log_p_b=None # log(p_b): exact far out in the tails
                   ): # certified total l1 norm of all patterns together; 0 where nothing is certified
     "scale/2 (ppf(p_a) - ppf(p_b)) of the standard Laplace law."
-    p_a, p_b = _check_probability('p_a', p_a), _check_probability('p_b', p_b)
-    scale = check_numbers('scale', scale)
-    if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f'scale must be a finite number > 0, got {scale}')
-    if log_q_a is not None:
-        log_q_a = _check_log_probability('log_q_a', log_q_a)
-    if log_p_b is not None:
-        log_p_b = _check_log_probability('log_p_b', log_p_b)
+    p_a, p_b, scale, log_q_a, log_p_b = _check_radius_of(p_a, p_b, scale, log_q_a, log_p_b, 'scale')
     z_a = _replace_tail(_laplace_quantile(p_a, _complement(p_a, p_b)), lambda v: -(np.log(2) + v), log_q_a)
     z_b = _replace_tail(_laplace_quantile(p_b, 1 - p_b), lambda v: np.log(2) + v, log_p_b)
     tail = np.where(p_a <= .5, p_b, 1 - p_a)
