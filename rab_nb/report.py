@@ -188,7 +188,7 @@ def differences(scores, column: str = 'paper'): # frame of `beside_paper` -> Ser
 
 def _readings(scores, # frame of `beside_paper`
               table: TableSpec # its axes
-             ) -> dict: # reading -> `gaps`; the first one, means over pairs, is called ''
+             ) -> dict: # reading -> `differences`; the first one, means over pairs, is called ''
     "How near we are to the paper, for everything that its numbers may mean."
     pairs = [pair for pair in scores.pair.unique() if pair != 'mean']
     alone = {f'with the pair {pair} alone': differences(of_pair(scores, pair, table)) for pair in pairs
@@ -237,7 +237,7 @@ EXTRA_COLUMNS = {'total norm, nominal': 'nominal_total_norm', 'actual': 'actual_
 
 def extra_lines(scores, # frame of `with_means`
                 table: TableSpec # its axes
-               ) -> list: # lines of cells: attack, pattern norm, sigma, and one per entry of HONEST
+               ) -> list: # lines of cells: attack, pattern norm, sigma, and one per entry of EXTRA_COLUMNS
     "What the attack was, what it did, and whether the certificates reach it; means over pairs and seeds."
     import pandas as pd
     means, lines, statement = scores[scores.pair == 'mean'], [], statements(table)
@@ -402,7 +402,7 @@ def _n_scored(finished: list) -> int:
                                                              first.seed)
     return sum(len(f.y) for f in finished if same(f.row))
 
-def _pairs_of(finished: list, table: TableSpec, profile: dict # as in `caption`
+def _pairs_of(finished: list, table: TableSpec, profile: dict # as in `table_caption`
              ) -> tuple: # two lists of str: what the means stand on, and what is missing
     "Which pairs of classes of a profile stand behind a table."
     asked = [tuple(pair) for pair in profile['data'][table.dataset]['pairs']]
@@ -621,7 +621,7 @@ def _command(number: int, profile: str # table, 1-9; name
     return f'rab-nb run --table {number} --profile {profile}'
 
 def missing_page(table: TableSpec, profile: dict # its axes; see `load_profile`
-                ) -> dict: # as from `page_of`
+                ) -> dict: # as from `_page_of`
     "A table of which nothing was run."
     import pandas as pd
     columns = ['pair', 'attack', 'pattern_norm', 'poison_rate', 'sigma', 'data', 'n_models',
@@ -637,7 +637,7 @@ def missing_page(table: TableSpec, profile: dict # its axes; see `load_profile`
                 columns=columns_of(table), lines=lines)
 
 # %% ../nbs/internals/report.ipynb #7c2a0003
-def page_markdown(page: dict # of `page_of` or `missing_page`
+def page_markdown(page: dict # of `_page_of` or `missing_page`
                  ) -> str: # the Markdown file
     "A table as a page: caption, verdict, numbers, what the paper leaves out, figure."
     name = f"table{page['number']}"

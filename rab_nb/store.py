@@ -576,7 +576,7 @@ def _record(b: Block) -> tuple[str, dict, dict]:
     return name, plain(line), {f'{name} | {part}': np.ascontiguousarray(a) for part,
                                a in (b.sums | b.fixed).items()}
 
-def pack_blocks(blocks: list # of Block, as from `merged`
+def pack_blocks(blocks: list # of Block, as from `merge_blocks`
                ) -> bytes: # content of a file
     "Blocks as bytes, the same for equal blocks."
     from safetensors.numpy import save

@@ -367,7 +367,7 @@ def of_statement(scores, statement: Statement):
 
 # %% ../nbs/internals/tables.ipynb #d2126b49
 def _paper_cells(reading: str = 'first' # of Table 9's radii: 'first' four or 'last' four
-                ): # DataFrame with KEYS, metric, radius, paper
+                ): # DataFrame with ROW_COLUMNS, metric, radius, paper
     "The paper's cells, one line each."
     import pandas as pd
     cells = paper().melt([*ROW_COLUMNS, 'radius'], ['certified_accuracy', 'certified_rate'], 'metric',

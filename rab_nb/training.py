@@ -443,7 +443,7 @@ def gradient(spec: TrainSpec, stack: Stack, x: torch.Tensor, # (M, B, ...)
 # %% ../nbs/internals/training.ipynb #9116dff7
 def training_step(spec: TrainSpec, stack: Stack, # resolved
                   shape: tuple, models, # of one input; numbers of the models
-                  slab: torch.Tensor, targets: torch.Tensor # from `smoothed_batches`
+                  slab: torch.Tensor, targets: torch.Tensor # from `_smoothed_batches`
                  ): # function of positions (M*B,) and the number of the step
     "One step of training for all models, as a function of tensors that stay where they are."
     descend = _adam_steps(stack.flat, spec.lr)
