@@ -3,7 +3,6 @@
 Nothing is executed: pages show the outputs that the notebooks were saved with (`make outputs-check` tells whether they are true)."""
 import argparse
 import ast
-import gzip
 import json
 import re
 import shutil
@@ -105,12 +104,12 @@ def show_code(cell, prose, page):
     return cell
 
 
-def opening(text, page, path, module):
-    "Title and claim, then where the page comes from."
+def opening(text, page, path, module, public):
+    "Title and claim, then where the page comes from; a module without public names has no page of its own."
     title, _, claim = text.strip().partition('\n')
     claim = re.sub(r'^>\s?', '', claim.strip(), flags=re.M)
     note = f'Notebook [{path}]({repository()}/blob/main/{path})'
-    if module: note += f' · module [rab_nb.{module}](/reference/{module}.md)'
+    if module: note += f' · module [rab_nb.{module}](/reference/{module}.md)' if public else f' · module `rab_nb.{module}`'
     parts = [title, f'{{.lead}}\n{claim}' if claim else '', f'{{.origin}}\n{note}' if page != 'index' else '']
     return '\n\n'.join(filter(None, parts))
 
@@ -169,7 +168,7 @@ class Site:
         "Markdown that a cell displays: links from the notebook or from results/; others become plain text."
         def seen(piece):
             base = next((base for base in (path, 'results/README.md') if self.files.exists(piece, base)), None)
-            return self.files.link(piece, base, page_of(path)) if base else plain(piece)
+            return self.files.link(piece, base) if base else plain(piece)
 
         for output in cell.outputs:
             if 'text/markdown' in output.get('data', {}):
@@ -201,7 +200,7 @@ class Site:
             if cell.cell_type == 'markdown':
                 prose = cell.source
                 cell.source = self.link(cell.source, path, page, module, local)
-                if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module)
+                if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module, module in self.modules)
             else: self.link_outputs(show_code(cell, prose, page), path)
             cells.append(cell)
         notebook.cells = self.front(cells) if page == 'index' else cells
@@ -227,7 +226,6 @@ class Site:
         folder = self.source / 'reference'
         folder.mkdir(parents=True)
         for name, module in self.modules.items():
-            if not module.public: continue
             linked = lambda text: rewrite(text, code=lambda piece: self.names.link(piece, name), prose=lambda piece: self.numbers.link(piece, ''))
             (folder / f'{name}.md').write_text(reference.page(module, linked, lambda member: self.where(name, member)))
         (folder / 'index.md').write_text(self.reference_index())
@@ -239,8 +237,8 @@ class Site:
         return f'Explained and tested in [{text}]({"#" + label if label else f"/{page}.ipynb"}).'
 
     def reference_index(self):
-        modules = [m for m in self.modules.values() if m.public]
-        modules.sort(key=lambda m: next((path for path in self.paths if Path(page_of(path)).name == m.name), '~'))
+        place = lambda m: next((path for path in self.paths if Path(page_of(path)).name == m.name), '~')
+        modules = sorted(self.modules.values(), key=place)
         entry = lambda m: f'## [rab_nb.{m.name}](/reference/{m.name}.md)\n\n{reference.escape(m.doc)}\n\n' + ', '.join(
             f'{{py:obj}}`{x.name} <rab_nb.{m.name}.{x.name}>`' for x in m.members)
         tree = '```{toctree}\n:hidden:\n\n' + '\n'.join(m.name for m in modules) + '\n```'
@@ -260,28 +258,12 @@ class Site:
         titles = [f'Table {page[-1]} ({page.split("/")[1]}) </{page}>' for page in rest]
         return '\n\n```{toctree}\n:caption: Other profiles\n:hidden:\n\n' + '\n'.join(titles) + '\n```\n' if rest else ''
 
-    def copy_report(self):
-        "All tables on one self-contained page, with the files it links to; its links to executed notebooks lead to their pages, and tidy numbers are compressed."
-        from rab_nb.report import one_page
-        results, there = ROOT / 'results', self.source / 'extra/report'
-        for path in [path for profile in PROFILES for path in (results / profile).glob('table[1-9].*') if path.suffix in ('.csv', '.tex')]:
-            target = there / path.relative_to(results)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == '.csv': target.with_suffix('.csv.gz').write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-            else: shutil.copyfile(path, target)
-        there.mkdir(parents=True, exist_ok=True)
-        text = re.sub(r'href="(\w+/table\d)\.ipynb"', r'href="../results/\1.html"', one_page(results))
-        text = re.sub(r'(href="\w+/table\d\.csv)"', r'\1.gz"', text)
-        (there / 'index.html').write_text(text, encoding='utf-8')
-
     def build(self):
-        (self.source / 'extra').mkdir(parents=True)
         read = [self.read(path) for path in self.paths]
         for args in read: self.write(*args)
         self.write_reference()
         self.write_text('results/README.md', 'results/index', self.other_runs())
         self.write_text('CONTRIBUTING.md', 'contributing')
-        self.copy_report()
         if self.files.broken: raise SystemExit('links to nowhere:\n' + '\n'.join(self.files.broken))
         shutil.copytree(ROOT / 'docs/site', self.source, dirs_exist_ok=True, ignore=shutil.ignore_patterns('landing.md', '__pycache__'))
 

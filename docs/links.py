@@ -136,11 +136,10 @@ class Files:
         path = self.parts(piece, source)[2]
         return not path or path in self.pages or (self.root / path).exists()
 
-    def link(self, piece, source, page=''):
-        "One link, seen from `source`, on `page` (the page of `source` where none is named)."
+    def link(self, piece, source):
+        "One link, seen from `source`."
         text, target, path, anchor = self.parts(piece, source)
         if not path: return f'{text}({slug(target)})' if target.startswith('#') else piece
-        if path == 'results/index.html': return f'<a href="{"../" * (page or self.pages[source]).count("/")}report/index.html">{text[1:-1]}</a>'
         return f'{text}({self.address(path, source, target)}{slug("#" + anchor) if anchor else ""})'
 
     def address(self, path, source, target):

@@ -65,7 +65,7 @@ class Module:
     "One exported module: its public names as `Member`s."
 
     def __init__(self, path):
-        self.name, self.source = path.stem, path.read_text()
+        self.path, self.name, self.source = path, path.stem, path.read_text()
         self.lines, self.tree = self.source.split('\n'), ast.parse(self.source)
         self.comments = comments_by_line(self.source)
         named = [node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
@@ -127,11 +127,27 @@ class Module:
         out += [make(arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)]
         return out + ([make(args.kwarg, star='**')] if args.kwarg else [])
 
-    def class_member(self, node):
+    def functions(self, node):
+        "Functions of a class by name, those of its bases that have no entry of their own included."
         own = [item for item in node.body if isinstance(item, ast.FunctionDef)]
         own += [item for item in self.patches if patched(item) == node.name]
-        methods = [item for item in own if not item.name.startswith('_')]
-        start = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == '__init__']
+        found = {item.name: item for item in own}
+        for base in map(unparse, node.bases):
+            if base in self.nodes and base not in self.public: found = found | self.functions(self.nodes[base]) | found
+            elif base in self.imported: found = found | self.imported[base].functions(self.imported[base].nodes[base]) | found
+        return found
+
+    @cached_property
+    def imported(self):
+        "Classes of other modules of the package that have no entry there -> their modules."
+        lines = [node for node in self.tree.body if isinstance(node, ast.ImportFrom) and (self.path.parent / f'{node.module}.py').exists()]
+        found = {alias.name: Module(self.path.parent / f'{node.module}.py') for node in lines for alias in node.names if alias.name[0].isupper()}
+        return {name: module for name, module in found.items() if name in module.nodes and name not in module.public}
+
+    def class_member(self, node):
+        own = self.functions(node)
+        methods = [item for name, item in own.items() if not name.startswith('_')]
+        start = [own['__init__']] if '__init__' in own else []
         fixed = [Member('attribute', unparse(item.targets[0]), self.comment(item), code=unparse(item.value)) for item in node.body
                  if isinstance(item, ast.Assign) and not unparse(item.targets[0]).startswith('_')]
         arguments = self.arguments(start[0].args)[1:] if start else self.fields(node)
@@ -219,5 +235,6 @@ def page(module, link, explained):
 
 
 def load(folder):
-    "Every exported module of the package, by name."
-    return {path.stem: Module(path) for path in sorted(Path(folder).glob('[a-z]*.py'))}
+    "Every exported module that has public names, by name."
+    modules = [Module(path) for path in sorted(Path(folder).glob('[a-z]*.py'))]
+    return {module.name: module for module in modules if module.public}

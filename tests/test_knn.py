@@ -39,7 +39,9 @@ def oracle(s, y, n_classes, d, k):
     for i in range(n):
         for inside in combinations([j for j in range(n) if j != i], k - 1):
             rest = [j for j in range(n) if j != i and j not in inside]
-            p[vote(y[[i, *inside]], n_classes)] += w @ (f[:, i] * F[:, list(inside)].prod(1) * (1 - F[:, rest]).prod(1))
+            p[vote(y[[i, *inside]], n_classes)] += w @ (
+                f[:, i] * F[:, list(inside)].prod(1) * (1 - F[:, rest]).prod(1)
+            )
     return p
 
 
@@ -56,14 +58,20 @@ def place(s, d):
 def test_votes_against_direct_integration(d, k, n_classes):
     s, y = np.array([.5, 1., 1.2, 2., 2.5]), np.array([0, 1, 2, 1, 0]) % n_classes
     model = SmoothedKNNClassifier(n_neighbors=k).fit(place(s, d), y)
-    np.testing.assert_allclose(np.exp(model.log_proba(np.zeros((1, d)))[0][0]), oracle(s, y, n_classes, d, k), atol=1e-8)
+    np.testing.assert_allclose(
+        np.exp(model.log_proba(np.zeros((1, d)))[0][0]), oracle(s, y, n_classes, d, k), atol=1e-8
+    )
 
 
 def log_tails(u, s):
     "log S, log F and log density of the noisy distance of one point on a line."
     from scipy.special import log_ndtr
     log_s, log_f = np.logaddexp(log_ndtr(s - u), log_ndtr(-s - u)), log_ndtr(u - s)
-    return log_s, log_f + np.log1p(-np.exp(np.minimum(log_ndtr(-u - s) - log_f, -1e-300))), np.logaddexp(-(u - s)**2/2, -(u + s)**2/2) - math.log(2*math.pi)/2
+    return (
+        log_s,
+        log_f + np.log1p(-np.exp(np.minimum(log_ndtr(-u - s) - log_f, -1e-300))),
+        np.logaddexp(-((u - s) ** 2) / 2, -((u + s) ** 2) / 2) - math.log(2 * math.pi) / 2,
+    )
 
 
 def log_oracle(s, y, k):
@@ -74,7 +82,9 @@ def log_oracle(s, y, k):
         for inside in combinations([j for j in range(len(s)) if j != i], k - 1):
             rest = [j for j in range(len(s)) if j != i and j not in inside]
             winner = vote(np.array(y)[[i, *inside]], 2)
-            total[winner] = np.logaddexp(total[winner], tails[i][2] + sum(tails[j][1] for j in inside) + sum(tails[j][0] for j in rest))
+            total[winner] = np.logaddexp(
+                total[winner], tails[i][2] + sum(tails[j][1] for j in inside) + sum(tails[j][0] for j in rest)
+            )
     return np.logaddexp.reduce(total, 1) + math.log(u[1] - u[0])
 
 
@@ -88,7 +98,9 @@ def agrees(model, t, p, sigma=1.):
     assert (log_p[~some] >= exact[~some]).all() and error[some].max() < 1e-5
     certificate, exact = model.certify(t), radius(p, sigma)
     found = certificate.radius[0]
-    assert found <= exact*(1 + 1e-9) and (found >= exact*(1 - 1e-6) - 1e-8*sigma or log_p.min() == knn.SMALLEST_LOG_P)
+    assert found <= exact * (1 + 1e-9) and (
+        found >= exact * (1 - 1e-6) - 1e-8 * sigma or log_p.min() == knn.SMALLEST_LOG_P
+    )
     assert found == 0 or certificate.prediction[0] == p.argmax()
 
 
@@ -97,10 +109,16 @@ def agrees(model, t, p, sigma=1.):
 @pytest.mark.parametrize('n_classes', [2, 3, 5])
 def test_votes_against_leaving_one_out(d, k, n_classes):
     rng = np.random.default_rng(k)
-    x, y, t = 2*rng.normal(size=(9, d))/np.sqrt(d), np.arange(9) % n_classes, rng.normal(size=(1, d))/np.sqrt(d)
+    x, y, t = (
+        2 * rng.normal(size=(9, d)) / np.sqrt(d),
+        np.arange(9) % n_classes,
+        rng.normal(size=(1, d)) / np.sqrt(d),
+    )
     x[7:] = x[0]
     s, delta = exact_distances(x, t[0], .7, k)
-    agrees(SmoothedKNNClassifier(k, .7).fit(x, y), t, vote_by_leaving_one_out(s, delta, y, n_classes, d, k), .7)
+    agrees(
+        SmoothedKNNClassifier(k, 0.7).fit(x, y), t, vote_by_leaving_one_out(s, delta, y, n_classes, d, k), 0.7
+    )
 
 
 GROUPS = { # distances, how many points have them, their classes, number of features
@@ -113,7 +131,22 @@ GROUPS = { # distances, how many points have them, their classes, number of feat
 
 
 @pytest.mark.parametrize('name', GROUPS)
-@pytest.mark.parametrize('k', [1, 2, 3, 5, 15, 29, 31, 41, 51, pytest.param(101, marks=pytest.mark.slow), pytest.param(255, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'k',
+    [
+        1,
+        2,
+        3,
+        5,
+        15,
+        29,
+        31,
+        41,
+        51,
+        pytest.param(101, marks=pytest.mark.slow),
+        pytest.param(255, marks=pytest.mark.slow),
+    ],
+)
 def test_votes_of_equal_distances(name, k):
     s, counts, y, d = map(np.array, GROUPS[name])
     n_classes = y.max() + 1
@@ -122,17 +155,30 @@ def test_votes_of_equal_distances(name, k):
     agrees(model, np.zeros((1, d)), vote_of_groups(s, counts, y, n_classes, d, k))
 
 
-@pytest.mark.parametrize('k', [1, 2, 5, 9, pytest.param(15, marks=pytest.mark.slow), pytest.param(31, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'k', [1, 2, 5, 9, pytest.param(15, marks=pytest.mark.slow), pytest.param(31, marks=pytest.mark.slow)]
+)
 def test_votes_of_ten_classes(k):
-    model = SmoothedKNNClassifier(k).fit(place(np.repeat(np.linspace(3, 4, 10), 2000), 50), np.repeat(np.arange(10), 2000))
+    model = SmoothedKNNClassifier(k).fit(
+        place(np.repeat(np.linspace(3, 4, 10), 2000), 50), np.repeat(np.arange(10), 2000)
+    )
     p = vote_of_groups(np.linspace(3, 4, 10), np.full(10, 2000), np.arange(10), 10, 50, k, 1/8)
     agrees(model, np.zeros((1, 50)), p)
 
 
-@pytest.mark.parametrize('n,k,p,bound', [(1500, 27, .60730062, .27229), (1500, 29, .61015647, .27973), (1500, 31, .61287, .287),
-                                         (1500, 41, .62480, .318), (6000, 31, .62891953, .32899)])
+@pytest.mark.parametrize(
+    'n,k,p,bound',
+    [
+        (1500, 27, 0.60730062, 0.27229),
+        (1500, 29, 0.61015647, 0.27973),
+        (1500, 31, 0.61287, 0.287),
+        (1500, 41, 0.62480, 0.318),
+        (6000, 31, 0.62891953, 0.32899),
+    ],
+)
 def test_votes_of_many_neighbours_lose_no_mass(n, k, p, bound):
-    "Two shells of points in random directions; odds of the K-th neighbour are far above the cap that once stood here."
+    """Two shells of points in random directions; odds of the K-th neighbour are far above the cap that once
+    stood here."""
     z = np.random.default_rng(0).normal(size=(n, 5))
     z *= np.repeat([3., 3.05], n//2)[:, None] / np.linalg.norm(z, axis=1, keepdims=True)
     model = SmoothedKNNClassifier(k).fit(z, np.repeat([0, 1], n//2))
@@ -141,11 +187,23 @@ def test_votes_of_many_neighbours_lose_no_mass(n, k, p, bound):
     assert abs(model.certify(np.zeros((1, 5))).radius[0] - bound) < 1e-3
 
 
-@pytest.mark.parametrize('n,d,k,n_classes', [(900, 20, 41, 2), (400, 3, 101, 2), (400, 8, 29, 4), pytest.param(20_000, 784, 101, 2, marks=pytest.mark.slow),
-                                             pytest.param(20_000, 784, 15, 3, marks=pytest.mark.slow), pytest.param(3000, 20, 101, 10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'n,d,k,n_classes',
+    [
+        (900, 20, 41, 2),
+        (400, 3, 101, 2),
+        (400, 8, 29, 4),
+        pytest.param(20_000, 784, 101, 2, marks=pytest.mark.slow),
+        pytest.param(20_000, 784, 15, 3, marks=pytest.mark.slow),
+        pytest.param(3000, 20, 101, 10, marks=pytest.mark.slow),
+    ],
+)
 def test_votes_against_one_point_after_the_other(n, d, k, n_classes):
     rng = np.random.default_rng(k)
-    x, y = rng.normal(size=(n, d))*3/np.sqrt(d), rng.choice(n_classes, n, p=np.r_[.4, np.full(n_classes - 1, .6/(n_classes - 1))])
+    x, y = (
+        rng.normal(size=(n, d)) * 3 / np.sqrt(d),
+        rng.choice(n_classes, n, p=np.r_[0.4, np.full(n_classes - 1, 0.6 / (n_classes - 1))]),
+    )
     model = SmoothedKNNClassifier(k).fit(x, y)
     p = vote_of_many(np.linalg.norm(x, axis=1), y, n_classes, d, k)
     assert abs(p.sum() - 1) < 1e-9
@@ -156,7 +214,10 @@ def test_votes_against_one_point_after_the_other(n, d, k, n_classes):
 def test_batches_and_single_points_agree():
     "Test points that share tables, sorted into batches by their distances, and each on its own."
     rng = np.random.default_rng(5)
-    x, y = np.concatenate([rng.normal(size=(200, 40)), 3 + rng.normal(size=(200, 40))]), rng.integers(0, 3, 400)
+    x, y = (
+        np.concatenate([rng.normal(size=(200, 40)), 3 + rng.normal(size=(200, 40))]),
+        rng.integers(0, 3, 400),
+    )
     t = np.concatenate([x[:12], x[200:212]])
     for k in (2, 33):
         model = SmoothedKNNClassifier(k).fit(x, y)
@@ -189,7 +250,9 @@ def test_missing_mass_goes_to_the_runner_up(monkeypatch):
     before = model.certify(t)
     Losing(monkeypatch, 3e-9, 0)
     after = model.certify(t)
-    assert before.p_b[2] < 1e-13 and 2.5e-9 < after.p_b[2] < 3e-9  # but for the 3e-10 that the winner's own error explains
+    assert (
+        before.p_b[2] < 1e-13 and 2.5e-9 < after.p_b[2] < 3e-9
+    )  # but for the 3e-10 that the winner's own error explains
     assert after.radius[2] < before.radius[2] - 2 and (after.radius[:2] == before.radius[:2]).all()
     np.testing.assert_allclose(after.p_a[2], 1 - after.p_b[2], rtol=1e-15)
 
@@ -226,14 +289,17 @@ def test_an_error_without_bound_abstains(error):
 
 def test_no_probability_or_nan_is_an_error():
     for log_p in ([[np.nan, 0.]], [[-np.inf, -np.inf]]):
-        with pytest.raises(ValueError, match='point 0'): knn.certificate_of(np.array(log_p), np.zeros((1, 2)), GaussianNoise(1.))
+        with pytest.raises(ValueError, match='point 0'):
+            knn.certificate_of(np.array(log_p), np.zeros((1, 2)), GaussianNoise(1.0))
 
 
 @pytest.mark.parametrize('k,s', [(2, (0, 60, 30, 30)), (2, (0, 60, 42, 42)), (3, (1, 1, 42, 42))])
 def test_a_vote_decided_before_the_kth_neighbours_place(k, s):
     "A rival that needs several points gets them nearer than the k-th neighbour lies without noise."
     model = SmoothedKNNClassifier(n_neighbors=k).fit(np.array(s, float)[:, None], [0, 0, 1, 1])
-    np.testing.assert_allclose(model.log_proba(np.zeros((1, 1)))[0][0, 1], log_oracle(s, [0, 0, 1, 1], k)[1], atol=1e-4)
+    np.testing.assert_allclose(
+        model.log_proba(np.zeros((1, 1)))[0][0, 1], log_oracle(s, [0, 0, 1, 1], k)[1], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize('k,s', [(2, (0, 60, 46, 46)), (3, (1, 1, 45, 45)), (4, (0, 0, 0, 45, 45, 45))])
@@ -255,7 +321,14 @@ def test_quantised_rival_far_behind(far, n_levels=200, d=5):
     "Its mass lies where the nearer point has used up nearly all of its own."
     from scipy.optimize import brentq
     hazard = lambda u: -ncx2.logsf(u*u, d, 1.) - ncx2.logsf(u*u, d, far**2)
-    edges = np.array([0.] + [brentq(lambda u: hazard(u) - l/(n_levels - l), 1e-9, far + 12, xtol=1e-13) for l in range(1, n_levels)] + [far + 40])
+    edges = np.array(
+        [0.0]
+        + [
+            brentq(lambda u: hazard(u) - l / (n_levels - l), 1e-9, far + 12, xtol=1e-13)
+            for l in range(1, n_levels)
+        ]
+        + [far + 40]
+    )
     expected = np.log((np.diff(ncx2.cdf(edges**2, d, far**2)) * ncx2.sf(edges[1:]**2, d, 1.)).sum())
     model = SmoothedKNNClassifier(n_levels=n_levels).fit(place([1., far], d), [0, 1])
     np.testing.assert_allclose(model.log_proba(np.zeros((1, d)))[0][0, 1], expected, atol=1e-6)
@@ -289,7 +362,6 @@ def tail_one_dimension(s_a, s_b):
     phi = lambda x: mp.erfc(-x/mp.sqrt(2))/2
     f = lambda u: (mp.npdf(u - s_b) + mp.npdf(u + s_b)) * (phi(s_a - u) + phi(-s_a - u))
     with mp.workdps(30):
-        mid = (mp.mpf(s_a) + s_b)/2
         return mp.log(mp.quad(f, mp.linspace(0, s_b + 12, 4*int(s_b) + 48)))
 
 
@@ -303,7 +375,12 @@ def test_far_tail_one_dimension(s_b):
 def test_far_tail_in_three_dimensions():
     "In three dimensions the noncentral chi law is elementary: 40 leaders, 2 challengers, down to 1e-200."
     def g(u, a): return u/a*(mp.npdf(u - a) - mp.npdf(u + a))
-    def S(u, a): return (mp.erfc((u - a)/mp.sqrt(2)) + mp.erfc((u + a)/mp.sqrt(2)))/2 + (mp.npdf(u - a) - mp.npdf(u + a))/a
+
+    def S(u, a):
+        return (mp.erfc((u - a) / mp.sqrt(2)) + mp.erfc((u + a) / mp.sqrt(2))) / 2 + (
+            mp.npdf(u - a) - mp.npdf(u + a)
+        ) / a
+
     s = np.concatenate([np.full(40, 1.), [24., 24.5]])
     log_p, error = SmoothedKNNClassifier().fit(place(s, 3), np.arange(42) >= 40).log_proba(np.zeros((1, 3)))
     with mp.workdps(40):
@@ -338,11 +415,27 @@ def test_quantised_is_exact_in_the_tail():
     d, s, y = 4, np.array([.3, .4, 9., 9.5]), np.array([0, 0, 1, 1])
     grid = window(.01, 14., .3, 9.5, 1/16)
     cuts = np.array([1., 1.5, 2., 3., 4.])
-    log_q = quantised_direct(torch.from_numpy(s), torch.from_numpy(y), torch.eye(2, dtype=torch.float64)[y], d, grid, lattice(d, *grid).position(cuts))
+    log_q = quantised_direct(
+        torch.from_numpy(s),
+        torch.from_numpy(y),
+        torch.eye(2, dtype=torch.float64)[y],
+        d,
+        grid,
+        lattice(d, *grid).position(cuts),
+    )
     with mp.workdps(40):
         def cdf(t, a):
             if t == mp.inf: return mp.mpf(1)
-            return mp.nsum(lambda j: mp.exp(-mp.mpf(a)**2/2)*(mp.mpf(a)**2/2)**j/mp.factorial(j)*mp.gammainc(mp.mpf(d)/2 + j, 0, mp.mpf(t)**2/2, regularized=True), [0, 150])
+            return mp.nsum(
+                lambda j: (
+                    mp.exp(-(mp.mpf(a) ** 2) / 2)
+                    * (mp.mpf(a) ** 2 / 2) ** j
+                    / mp.factorial(j)
+                    * mp.gammainc(mp.mpf(d) / 2 + j, 0, mp.mpf(t) ** 2 / 2, regularized=True)
+                ),
+                [0, 150],
+            )
+
         edges = [0, *map(mp.mpf, cuts), mp.inf]
         F = [[cdf(b, a) if b else mp.mpf(0) for b in edges] for a in s]
         total = mp.mpf(0)
@@ -356,11 +449,15 @@ def test_quantised_is_exact_in_the_tail():
 
 
 def tail_against_brute_force(s, y, n_levels, few=8):
-    "A tail where a few rows are certain to be in before the other class arrives: exact and quantised, no warning, no NaN."
+    """A tail where a few rows are certain to be in before the other class arrives: exact and quantised, no
+    warning, no NaN."""
     x = place(s, 56)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        return [SmoothedKNNClassifier(n_levels=n).fit(x, y).log_proba(np.zeros((1, 56)))[0][0] for n in (None, n_levels)]
+        return [
+            SmoothedKNNClassifier(n_levels=n).fit(x, y).log_proba(np.zeros((1, 56)))[0][0]
+            for n in (None, n_levels)
+        ]
 
 
 def test_rows_certain_to_be_inside():
@@ -377,10 +474,16 @@ def test_few_buckets_stand_for_all(n_levels, spread):
     s, y = 4 + spread*rng.random((3, 3000)), rng.integers(0, 3, 3000)
     s, y = torch.from_numpy(s), torch.from_numpy(y)
     grid = window(1.5, 18., float(s.min()), float(s.max()), 1/16)
-    wanted, hazard = quantised.edge_hazard(np.arange(1, n_levels), n_levels), quantised.cumulative_hazard(s, d, grid)
+    wanted, hazard = (
+        quantised.edge_hazard(np.arange(1, n_levels), n_levels),
+        quantised.cumulative_hazard(s, d, grid),
+    )
     log_p, error, _ = quantised.quantised_group(s, y, 3, d, grid, n_levels)
     ones = torch.eye(3, dtype=torch.float64)[y]
-    slow = [np.exp(quantised_direct(s[k], y, ones, d, grid, quantised.solve_edges(hazard[k:k+1], wanted)[0])) for k in range(3)]
+    slow = [
+        np.exp(quantised_direct(s[k], y, ones, d, grid, quantised.solve_edges(hazard[k : k + 1], wanted)[0]))
+        for k in range(3)
+    ]
     np.testing.assert_allclose(np.exp(log_p), slow, atol=1e-10)
     assert (np.abs(np.exp(log_p) - slow) <= error*slow + 1e-12).all()
 
@@ -397,18 +500,22 @@ def test_small_noise_on_digits(sigma, n_levels):
 
 
 def rows_that_matter(squares, d):
-    "The nearest rows, and a bound on the probability that any other wins: the sum of P(U_i < min), with the minimum over all rows."
+    """The nearest rows, and a bound on the probability that any other wins: the sum of P(U_i < min), with
+    the minimum over all rows."""
     order = np.argsort(squares)
     t = np.linspace(ncx2.ppf(1e-6, d, squares.min()), ncx2.ppf(1 - 1e-9, d, squares.min()), 100)
     survival = np.exp(sum(ncx2.logsf(t, d, s) for s in squares[order[:300]]))
-    beaten = np.array([-np.diff(survival, prepend=1) @ ncx2.cdf(t, d, s) for s in squares[order]]) + survival[-1]
+    beaten = (
+        np.array([-np.diff(survival, prepend=1) @ ncx2.cdf(t, d, s) for s in squares[order]]) + survival[-1]
+    )
     tail = beaten[::-1].cumsum()[::-1]
     keep = np.argmax(tail < 1e-5) if (tail < 1e-5).any() else len(tail)
     return order[:keep], tail[keep] if keep < len(tail) else 0.
 
 
 def share_of_class_1(squares, y, d, draws, rng, size=20_000):
-    "Draws of the smoothed training set that class 1 wins: ||x - x_i - z_i||^2 is (s_i + a normal)^2 + chi^2 with d - 1 degrees of freedom."
+    """Draws of the smoothed training set that class 1 wins: ||x - x_i - z_i||^2 is (s_i + a normal)^2 +
+    chi^2 with d - 1 degrees of freedom."""
     won, s = 0, np.sqrt(squares).astype('f4')
     for _ in range(draws // size):
         u = rng.standard_gamma((d - 1)/2, (size, len(s)), dtype=np.float32)
@@ -427,7 +534,17 @@ def undecided(x, y, tests, sigma, wanted=20):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name,sigma', [('digits', .3), pytest.param('spambase', .15, marks=pytest.mark.skipif('RAB_DATA' not in os.environ, reason='RAB_DATA is not set'))])
+@pytest.mark.parametrize(
+    'name,sigma',
+    [
+        ('digits', 0.3),
+        pytest.param(
+            'spambase',
+            0.15,
+            marks=pytest.mark.skipif('RAB_DATA' not in os.environ, reason='RAB_DATA is not set'),
+        ),
+    ],
+)
 def test_a_million_draws(name, sigma):
     task = data.load(name, (3, 8)) if name == 'digits' else data.load(name)
     x, tests = (a.reshape(len(a), -1).astype(float) for a in (task.x_train, task.x_test))
@@ -446,8 +563,17 @@ def test_a_million_draws(name, sigma):
 # properties over the inputs people have
 
 @settings(max_examples=12, deadline=None)
-@given(n=st.integers(1, 30), d=st.sampled_from([5, 30, 60]), n_classes=st.integers(1, 4), sigma=st.sampled_from([1e-3, .3, 1., 50.]),
-       scale=st.sampled_from([1e-8, 1., 1e3]), duplicates=st.booleans(), k=st.integers(1, 5), dtype=st.sampled_from(['f4', 'f8', 'i8']), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 30),
+    d=st.sampled_from([5, 30, 60]),
+    n_classes=st.integers(1, 4),
+    sigma=st.sampled_from([1e-3, 0.3, 1.0, 50.0]),
+    scale=st.sampled_from([1e-8, 1.0, 1e3]),
+    duplicates=st.booleans(),
+    k=st.integers(1, 5),
+    dtype=st.sampled_from(['f4', 'f8', 'i8']),
+    seed=st.integers(0, 99),
+)
 def test_any_input_gives_probabilities(n, d, n_classes, sigma, scale, duplicates, k, dtype, seed):
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(n, d)) * (scale if dtype != 'i8' else 3)).astype(dtype)
@@ -461,7 +587,9 @@ def test_any_input_gives_probabilities(n, d, n_classes, sigma, scale, duplicates
     cert = model.certify(t)
     assert not np.isnan(cert.radius).any() and (cert.radius >= 0).all()
     p = np.exp(log_p)
-    assert (cert.p_a <= p.max(1) + 1e-9).all() and (p.shape[1] == 1 or (cert.p_b >= np.sort(p, 1)[:, -2]).all())
+    assert (cert.p_a <= p.max(1) + 1e-9).all() and (
+        p.shape[1] == 1 or (cert.p_b >= np.sort(p, 1)[:, -2]).all()
+    )
 
 
 @settings(max_examples=8, deadline=None)
@@ -471,13 +599,28 @@ def test_permutation_scale_and_labels_change_nothing(n, d, seed, k):
     x, y, t = rng.normal(size=(n, d)), rng.integers(0, 2, n), rng.normal(size=(2, d))
     k, order = min(k, n), rng.permutation(n)
     p = SmoothedKNNClassifier(n_neighbors=k).fit(x, y).predict_proba(t)
-    np.testing.assert_allclose(p, SmoothedKNNClassifier(n_neighbors=k).fit(x[order], y[order]).predict_proba(t), atol=1e-10)
-    np.testing.assert_allclose(p, SmoothedKNNClassifier(n_neighbors=k, sigma=1e8).fit(1e8*x, y).predict_proba(1e8*t), atol=1e-9)
-    if k % 2: np.testing.assert_allclose(p[:, ::-1] if len(set(y)) == 2 else p, SmoothedKNNClassifier(n_neighbors=k).fit(x, -y).predict_proba(t), atol=1e-9)
+    np.testing.assert_allclose(
+        p, SmoothedKNNClassifier(n_neighbors=k).fit(x[order], y[order]).predict_proba(t), atol=1e-10
+    )
+    np.testing.assert_allclose(
+        p, SmoothedKNNClassifier(n_neighbors=k, sigma=1e8).fit(1e8 * x, y).predict_proba(1e8 * t), atol=1e-9
+    )
+    if k % 2:
+        np.testing.assert_allclose(
+            p[:, ::-1] if len(set(y)) == 2 else p,
+            SmoothedKNNClassifier(n_neighbors=k).fit(x, -y).predict_proba(t),
+            atol=1e-9,
+        )
 
 
 @settings(max_examples=8, deadline=None)
-@given(n=st.integers(1, 20), d=st.sampled_from([3, 20]), n_levels=st.integers(2, 40), seed=st.integers(0, 99), spread=st.sampled_from([.1, 1., 30.]))
+@given(
+    n=st.integers(1, 20),
+    d=st.sampled_from([3, 20]),
+    n_levels=st.integers(2, 40),
+    seed=st.integers(0, 99),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+)
 def test_quantised_gives_probabilities(n, d, n_levels, seed, spread):
     rng = np.random.default_rng(seed)
     x, y = spread * rng.normal(size=(n, d)), rng.integers(0, 3, n)
@@ -491,12 +634,18 @@ def test_read_only_and_reversed_arrays():
     x.setflags(write=False)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        np.testing.assert_allclose(SmoothedKNNClassifier().fit(x[::-1], y[::-1]).predict_proba(x), p, atol=1e-12)
+        np.testing.assert_allclose(
+            SmoothedKNNClassifier().fit(x[::-1], y[::-1]).predict_proba(x), p, atol=1e-12
+        )
 
 
 def test_two_equal_points_share_the_mass():
     for sigma in (1e-6, 1., 1e6):
-        p = SmoothedKNNClassifier(sigma=sigma).fit([[1., 2.], [1., 2.]], ['a', 'b']).predict_proba([[1., 2.], [5., 5.]])
+        p = (
+            SmoothedKNNClassifier(sigma=sigma)
+            .fit([[1.0, 2.0], [1.0, 2.0]], ['a', 'b'])
+            .predict_proba([[1.0, 2.0], [5.0, 5.0]])
+        )
         np.testing.assert_allclose(p, .5, atol=1e-9)
 
 
@@ -509,7 +658,11 @@ def test_huge_features_are_done_by_differences():
     rng = np.random.default_rng(0)
     x = 1e8 + rng.normal(size=(50, 6))
     y, t = np.arange(50) % 2, 1e8 + rng.normal(size=(3, 6))
-    np.testing.assert_allclose(SmoothedKNNClassifier().fit(x, y).predict_proba(t), SmoothedKNNClassifier().fit(x - 1e8, y).predict_proba(t - 1e8), atol=1e-9)
+    np.testing.assert_allclose(
+        SmoothedKNNClassifier().fit(x, y).predict_proba(t),
+        SmoothedKNNClassifier().fit(x - 1e8, y).predict_proba(t - 1e8),
+        atol=1e-9,
+    )
 
 
 def test_noise_below_rounding_is_refused():
@@ -517,16 +670,36 @@ def test_noise_below_rounding_is_refused():
         SmoothedKNNClassifier(sigma=1e-12).fit([[0., 1.], [1., 0.]], [0, 1]).predict([[1., 1.]])
 
 
-@pytest.mark.parametrize('parameters,match', [
-    (dict(sigma=0.), 'sigma'), (dict(sigma=math.nan), 'sigma'), (dict(n_neighbors=0), 'n_neighbors'), (dict(n_neighbors=5), '4, got 5'), (dict(n_neighbors=1.5), 'n_neighbors'),
-    (dict(n_levels=1), 'n_levels'), (dict(n_levels=0), 'n_levels'), (dict(n_levels=5, n_neighbors=3), 'n_levels')])
+@pytest.mark.parametrize(
+    'parameters,match',
+    [
+        (dict(sigma=0.0), 'sigma'),
+        (dict(sigma=math.nan), 'sigma'),
+        (dict(n_neighbors=0), 'n_neighbors'),
+        (dict(n_neighbors=5), '4, got 5'),
+        (dict(n_neighbors=1.5), 'n_neighbors'),
+        (dict(n_levels=1), 'n_levels'),
+        (dict(n_levels=0), 'n_levels'),
+        (dict(n_levels=5, n_neighbors=3), 'n_levels'),
+    ],
+)
 def test_bad_parameters(parameters, match):
-    with pytest.raises(ValueError, match=match): SmoothedKNNClassifier(**parameters).fit(np.eye(4), [0, 1, 0, 1])
+    with pytest.raises(ValueError, match=match):
+        SmoothedKNNClassifier(**parameters).fit(np.eye(4), [0, 1, 0, 1])
 
 
-@pytest.mark.parametrize('x,y,match', [
-    ([[1., np.nan]], [0], 'NaN'), ([[1., np.inf]], [0], 'infinity'), (np.eye(3), [0, 1], 'one label'), ([1., 2.], [0, 1], 'shape'), (np.empty((0, 3)), [], 'shape'),
-    ([['a', 'b']], [0], 'numbers'), ([[1e200], [-1e200]], [0, 1], 'rescale')])
+@pytest.mark.parametrize(
+    'x,y,match',
+    [
+        ([[1.0, np.nan]], [0], 'NaN'),
+        ([[1.0, np.inf]], [0], 'infinity'),
+        (np.eye(3), [0, 1], 'one label'),
+        ([1.0, 2.0], [0, 1], 'shape'),
+        (np.empty((0, 3)), [], 'shape'),
+        ([['a', 'b']], [0], 'numbers'),
+        ([[1e200], [-1e200]], [0, 1], 'rescale'),
+    ],
+)
 def test_bad_data(x, y, match):
     with pytest.raises(ValueError, match=match): SmoothedKNNClassifier().fit(x, y)
 
@@ -539,7 +712,16 @@ def test_nothing_before_fit(method):
     with pytest.raises(NotFittedError): getattr(model, method)(np.eye(3))
 
 
-@pytest.mark.parametrize('y,classes', [(['b', 'a', 'b'], ['a', 'b']), ([2, 0, 2], [0, 2]), ([True, False, True], [False, True]), ([1., 0., 1.], [0., 1.]), (np.array(['x', 'y', 'z'], object), ['x', 'y', 'z'])])
+@pytest.mark.parametrize(
+    'y,classes',
+    [
+        (['b', 'a', 'b'], ['a', 'b']),
+        ([2, 0, 2], [0, 2]),
+        ([True, False, True], [False, True]),
+        ([1.0, 0.0, 1.0], [0.0, 1.0]),
+        (np.array(['x', 'y', 'z'], object), ['x', 'y', 'z']),
+    ],
+)
 def test_labels(y, classes):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -564,12 +746,21 @@ def test_scikit_learn_interface():
 @pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=3), dict(n_levels=20)])
 def test_pieces_blocks_and_devices_agree(monkeypatch, parameters, dtype):
     rng = np.random.default_rng(0)
-    x, y, t = rng.normal(1, 1, size=(200, 7)).astype(dtype), rng.integers(0, 3, 200), rng.normal(1, 1, size=(9, 7))
+    x, y, t = (
+        rng.normal(1, 1, size=(200, 7)).astype(dtype),
+        rng.integers(0, 3, 200),
+        rng.normal(1, 1, size=(9, 7)),
+    )
     before = x.copy()
     whole = SmoothedKNNClassifier(**parameters).fit(x, y).predict_proba(t)
-    for name, value in dict(KEEP_BYTES=0, PIECE_BYTES=1000, BLOCK_BYTES=4000).items(): monkeypatch.setattr(knn, name, value)
+    for name, value in dict(KEEP_BYTES=0, PIECE_BYTES=1000, BLOCK_BYTES=4000).items():
+        monkeypatch.setattr(knn, name, value)
     for module in (bins, knn, quantised): monkeypatch.setattr(module, 'CACHED_VALUES', 300)
-    np.testing.assert_allclose(SmoothedKNNClassifier(**parameters, device='cpu', n_jobs=1).fit(x, y).predict_proba(t), whole, atol=1e-10)
+    np.testing.assert_allclose(
+        SmoothedKNNClassifier(**parameters, device='cpu', n_jobs=1).fit(x, y).predict_proba(t),
+        whole,
+        atol=1e-10,
+    )
     np.testing.assert_array_equal(x, before)  # the caller's array is not written to
 
 
@@ -578,5 +769,8 @@ def test_pieces_blocks_and_devices_agree(monkeypatch, parameters, dtype):
 def test_cuda_agrees_with_cpu(parameters):
     rng = np.random.default_rng(0)
     x, y, t = rng.normal(size=(500, 30)), rng.integers(0, 3, 500), rng.normal(size=(9, 30))
-    cpu, gpu = (SmoothedKNNClassifier(device=device, **parameters).fit(x, y).predict_proba(t) for device in ('cpu', 'cuda'))
+    cpu, gpu = (
+        SmoothedKNNClassifier(device=device, **parameters).fit(x, y).predict_proba(t)
+        for device in ('cpu', 'cuda')
+    )
     np.testing.assert_allclose(gpu, cpu, atol=1e-10)

@@ -1,4 +1,6 @@
-"Distances that outliers and offsets cannot spoil, far tails and small noise, against oracles that share no code with the package."
+"""Distances that outliers and offsets cannot spoil, far tails and small noise, against oracles that share no
+code with the package."""
+
 import math
 import sys
 from fractions import Fraction
@@ -16,7 +18,10 @@ from rab_nb.chi import columns
 from rab_nb.knn import SmoothedKNNClassifier, direct_distances, noiseless_distances, roundings
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:feature.*runs from")] # oracles in many digits
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:feature.*runs from"),
+]  # oracles in many digits
 N, D = 30, 20
 TRUTH = 2.0488506e-07, 5.06436 # probability of class 0 and radius without any outlier
 
@@ -37,7 +42,8 @@ def one_entry(x, size):
     return np.vstack([x, row])
 
 
-def several(x, size): return np.vstack([x, np.full((1, D), size), np.full((1, D), -size), one_entry(x, size/3)[-1:]])
+def several(x, size):
+    return np.vstack([x, np.full((1, D), size), np.full((1, D), -size), one_entry(x, size / 3)[-1:]])
 
 
 @pytest.mark.parametrize('where', [one_row, one_entry, several])
@@ -65,7 +71,8 @@ def test_common_offsets(offset, k):
 
 
 def test_a_value_for_missing_ones_on_both_sides():
-    "Rows with the same fill value are as near to each other as without it, and the others are out of the race."
+    """Rows with the same fill value are as near to each other as without it, and the others are out of the
+    race."""
     x, y, t = clean()
     x[:, 0] = 0
     filled, t_filled = x.copy(), t.copy()
@@ -83,7 +90,10 @@ def test_an_outlying_test_point_is_named(size, entry):
     t = np.vstack([t, t])
     t[1, slice(3, 4) if entry else slice(None)] = size
     model = SmoothedKNNClassifier().fit(x, y)
-    with pytest.raises(ValueError, match=r'feature \d+ of row 1 of X is .*(impute|drop).*rescale.*larger sigma'): model.predict(t)
+    with pytest.raises(
+        ValueError, match=r'feature \d+ of row 1 of X is .*(impute|drop).*rescale.*larger sigma'
+    ):
+        model.predict(t)
 
 
 def test_squares_that_overflow_are_named():
@@ -91,7 +101,8 @@ def test_squares_that_overflow_are_named():
     with pytest.raises(ValueError, match='feature 3 of row 30 of the training set is 1e\\+200'):
         SmoothedKNNClassifier().fit(one_entry(x, 1e200), np.r_[y, 0])
     t[0, 5] = 1e200
-    with pytest.raises(ValueError, match='feature 5 of row 0 of X is 1e\\+200'): SmoothedKNNClassifier().fit(x, y).predict(t)
+    with pytest.raises(ValueError, match='feature 5 of row 0 of X is 1e\\+200'):
+        SmoothedKNNClassifier().fit(x, y).predict(t)
 
 
 def test_integers_beyond_float64_are_refused():
@@ -104,7 +115,10 @@ def test_integers_beyond_float64_are_refused():
 def test_the_error_of_a_product_covers_it(dtype, scale):
     "Squared distances in exact fractions."
     rng = np.random.default_rng(1)
-    x, t = (scale*rng.normal(3, 1, size=(12, 40))).astype(dtype), (scale*rng.normal(3, 1, size=(1, 40))).astype(dtype)
+    x, t = (
+        (scale * rng.normal(3, 1, size=(12, 40))).astype(dtype),
+        (scale * rng.normal(3, 1, size=(1, 40))).astype(dtype),
+    )
     x[0], x[1, 7] = t[0], 1e9*scale
     exact = [sum((Fraction(float(a)) - Fraction(float(b)))**2 for a, b in zip(row, t[0])) for row in x]
     rows, shift, centre, norms = knn.centred(x, .3, 'cpu')
@@ -115,7 +129,10 @@ def test_the_error_of_a_product_covers_it(dtype, scale):
     direct = direct_distances(torch.from_numpy(x), None, .3, point[0]).square().tolist()
     for e, f, b, s in zip(exact, found, bound, direct):
         e = e / Fraction(.3)**2
-        assert abs(Fraction(f) - e) <= Fraction(b) and abs(Fraction(s) - e) <= Fraction(roundings(40)*knn.UNIT_ROUNDOFF)*e
+        assert (
+            abs(Fraction(f) - e) <= Fraction(b)
+            and abs(Fraction(s) - e) <= Fraction(roundings(40) * knn.UNIT_ROUNDOFF) * e
+        )
 
 
 def test_given_distances():
@@ -179,11 +196,18 @@ def test_far_tails_are_within_their_error(d, far):
 def test_a_rival_behind_many_leaders(d, leaders):
     "Its hazard is below the smallest float64 where it wins, in bins and point by point."
     far, s, nu, u = 46., np.full(leaders, 2.), d/2 - 1, np.arange(1, 20*8192)/8192
-    log_g = (nu + 1)*np.log(u) - nu*math.log(far) - (u - far)**2/2 + np.log(np.maximum(ive(nu, far*u), 1e-300))
+    log_g = (
+        (nu + 1) * np.log(u)
+        - nu * math.log(far)
+        - (u - far) ** 2 / 2
+        + np.log(np.maximum(ive(nu, far * u), 1e-300))
+    )
     exact = logsumexp(log_g + leaders*ncx2.logsf(u*u, d, 4)) - math.log(8192)
     x = np.zeros((leaders + 1, d))
     x[:, 0] = np.r_[s, far]
-    log_p, error = SmoothedKNNClassifier().fit(x, np.r_[np.zeros(leaders, int), 1]).log_proba(np.zeros((1, d)))
+    log_p, error = (
+        SmoothedKNNClassifier().fit(x, np.r_[np.zeros(leaders, int), 1]).log_proba(np.zeros((1, d)))
+    )
     assert log_p[0, 1] >= exact - error[0, 1] - 1e-6 and error[0, 1] < 1e-3
     if error[0, 1] > 0: assert abs(log_p[0, 1] - exact) <= error[0, 1] + 1e-9*abs(exact)
 
@@ -201,21 +225,30 @@ def test_tables_in_many_digits(d, s):
             with mp.workdps(40):
                 S, g = tail_and_density(u, s, d)
                 exact = [mp.log(S), mp.log(g/S), mp.log((1 - S)/S)]
-            for found, e in zip((log_s, log_h, log_odds), exact): assert abs(found - float(e)) < 2e-12*(1 + abs(float(e)))*(1 + d/1000)
+            for found, e in zip((log_s, log_h, log_odds), exact):
+                assert abs(found - float(e)) < 2e-12 * (1 + abs(float(e))) * (1 + d / 1000)
         else:
             assert abs(log_odds - (ncx2.logcdf(u*u, d, s*s) - ncx2.logsf(u*u, d, s*s))) < 1e-5
 
 
-@pytest.mark.parametrize('parameters', [dict(), dict(n_neighbors=5), dict(n_neighbors=15), dict(n_levels=200)])
+@pytest.mark.parametrize(
+    'parameters', [dict(), dict(n_neighbors=5), dict(n_neighbors=15), dict(n_levels=200)]
+)
 def test_small_noise_needs_no_larger_tables(parameters, monkeypatch):
-    "The work is counted in values of tables of the noisy distance, which a window of its own for every point would multiply."
+    """The work is counted in values of tables of the noisy distance, which a window of its own for every
+    point would multiply."""
     x, y = make_moons(230, noise=.2, random_state=0)
     made = []
     def counted(*args, **kwargs):
         found = columns(*args, **kwargs)
         made.append(found.size)
         return found
-    for module in [m for m in sys.modules.values() if getattr(m, '__name__', '').startswith('rab_nb.') and hasattr(m, 'columns')]:
+
+    for module in [
+        m
+        for m in sys.modules.values()
+        if getattr(m, '__name__', '').startswith('rab_nb.') and hasattr(m, 'columns')
+    ]:
         monkeypatch.setattr(module, 'columns', counted)
     def values(sigma):
         for module in sys.modules.values():
@@ -234,5 +267,6 @@ def test_small_noise_against_one_point_alone():
     for sigma, gap in ((1e-3, 1.5), (1e-4, 2.5)):
         near, far = .3, .3 + gap*sigma
         log_p = SmoothedKNNClassifier(sigma=sigma).fit([[near], [-far]], [0, 1]).log_proba([[0.]])[0][0]
-        with mp.workdps(30): exact = mp.log(mp.erfc(mp.mpf(gap)/2)/2) # the noisy distances differ by N(gap, 2)
+        with mp.workdps(30):
+            exact = mp.log(mp.erfc(mp.mpf(gap) / 2) / 2)  # the noisy distances differ by N(gap, 2)
         assert abs(log_p[1] - float(exact)) < 1e-9

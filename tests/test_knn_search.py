@@ -1,4 +1,6 @@
-"A random search over odd inputs: no certified radius may exceed that of an oracle; refusing with a reason is an answer too."
+"""A random search over odd inputs: no certified radius may exceed that of an oracle; refusing with a reason
+is an answer too."""
+
 import re
 from collections import Counter
 
@@ -14,11 +16,20 @@ torch.set_num_threads(1)
 
 REASONS = re.compile(r'sigma|rescale|n_neighbors|feature|row|add up')
 inputs = dict(
-    n=st.integers(1, 9), d=st.sampled_from([1, 2, 3, 5, 12, 40, 784]), n_classes=st.integers(1, 5), k=st.integers(1, 9),
-    log_sigma=st.integers(-15, 15), spread=st.sampled_from([1e-9, 1e-3, .3, 1., 2., 4., 8., 20., 1e3, 1e7, 1e12]),
-    copies=st.sampled_from(['none', 'none', 'some', 'all']), shares=st.sampled_from(['even', 'even', 'one against all']),
-    outlier=st.sampled_from([0, 0, 0, 1e3, 1e9, 1e16, 1e20, 3.4e38]), entry=st.booleans(),
-    offset=st.sampled_from([0, 0, 1e3, 1e8]), where=st.sampled_from(['among', 'among', 'at', 'beyond']), seed=st.integers(0, 9999))
+    n=st.integers(1, 9),
+    d=st.sampled_from([1, 2, 3, 5, 12, 40, 784]),
+    n_classes=st.integers(1, 5),
+    k=st.integers(1, 9),
+    log_sigma=st.integers(-15, 15),
+    spread=st.sampled_from([1e-9, 1e-3, 0.3, 1.0, 2.0, 4.0, 8.0, 20.0, 1e3, 1e7, 1e12]),
+    copies=st.sampled_from(['none', 'none', 'some', 'all']),
+    shares=st.sampled_from(['even', 'even', 'one against all']),
+    outlier=st.sampled_from([0, 0, 0, 1e3, 1e9, 1e16, 1e20, 3.4e38]),
+    entry=st.booleans(),
+    offset=st.sampled_from([0, 0, 1e3, 1e8]),
+    where=st.sampled_from(['among', 'among', 'at', 'beyond']),
+    seed=st.integers(0, 9999),
+)
 
 
 def odd_input(n, d, n_classes, k, log_sigma, spread, copies, shares, outlier, entry, offset, where, seed):
@@ -55,7 +66,13 @@ def judged(x, y, t, sigma, k):
 def search(examples):
     count = Counter()
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(**inputs)
     def case(**drawn): count[judged(*odd_input(**drawn))] += 1
     case()
@@ -64,7 +81,11 @@ def search(examples):
 
 def test_no_radius_is_too_large():
     count = search(200)
-    assert sum(count.values()) >= 200 and count['refused'] < .3*count.total() and count['close'] > .5*count.total(), count
+    assert (
+        sum(count.values()) >= 200
+        and count['refused'] < 0.3 * count.total()
+        and count['close'] > 0.5 * count.total()
+    ), count
 
 
 @pytest.mark.slow

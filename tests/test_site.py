@@ -57,6 +57,21 @@ def test_reference_tells_arguments_errors_and_results():
     assert any('finite' in text for kind, text in scale.errors), 'errors of functions it calls belong to it'
 
 
+@pytest.mark.parametrize('module, name', [('ensemble', 'RABClassifier'),
+                                          ('estimators', 'SmoothedEnsembleClassifier'),
+                                          ('defences', 'PartitionClassifier')])
+def test_reference_shows_inherited_methods(module, name):
+    "Bases without an entry of their own, of other modules too, lend theirs."
+    found = reference.load(ROOT / 'rab_nb')[module].member(name)
+    assert {'fit', 'predict', 'predict_proba', 'certify'} <= {inner.name for inner in found.members}
+    assert 'random_state' in {argument.name for argument in found.arguments}
+
+
+def test_modules_without_public_names_have_no_page():
+    assert {'noise', 'knn'} <= set(reference.load(ROOT / 'rab_nb')) and (ROOT / 'rab_nb/bins.py').exists()
+    assert 'bins' not in reference.load(ROOT / 'rab_nb')
+
+
 def test_numbers_link_only_in_prose():
     numbers = links.Numbers()
     marked = numbers.mark('By\n\n$$x = y. \\tag{24}$$\n\n**Theorem 1.** As (24) says.', 'theory')

@@ -9,7 +9,7 @@ copyright = '2026, the rab_nb authors'
 html_title = 'rab_nb'
 root_doc = 'index'
 extensions = ['myst_nb', 'sphinx_design', 'sphinx.ext.mathjax', 'sphinx-mathjax-offline']
-exclude_patterns = ['conf.py', '_static', 'files/**', 'extra']
+exclude_patterns = ['conf.py', '_static', 'files/**']
 nitpicky = True
 nitpick_ignore_regex = [('py:.*', r'(?!rab_nb\.).*')]
 
@@ -32,7 +32,6 @@ toc_object_entries_show_parents = 'hide'
 
 html_theme = 'furo'
 html_static_path = ['_static']
-html_extra_path = ['extra']
 html_css_files = ['site.css']
 html_js_files = ['site.js']
 html_copy_source = False
