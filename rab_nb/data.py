@@ -119,6 +119,28 @@ class Task:
         "Shape of one input: (c, h, w) or (d,)."
         return self.x_train.shape[1:]
 
+# %% ../nbs/10_data.ipynb #d0c50008
+Task.__doc__ += """
+
+    Attributes
+    ----------
+    x_train, x_test : float32 inputs, (n, d) features or (n, channels, height, width) images; read-only
+    y_train, y_test : int64 positions in `classes`
+    classes : names of the classes; in a pair of the paper (target, source)
+    name, source : a short name, and one sentence on where the data come from and what was done to them
+    sha256 : of the data file(s), or of the arrays
+    value_range : lowest and highest value a feature can take, or None
+    stand_in_for : the data set of the paper that it replaces, or None
+    input_shape, n_classes : shape of one input, number of classes
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rab_nb import from_arrays
+    >>> task = from_arrays(np.eye(4), ['cat', 'dog', 'cat', 'dog'], np.eye(4)[:2], ['cat', 'dog'])
+    >>> task.classes, task.y_train.tolist(), task.input_shape
+    (('cat', 'dog'), [0, 1, 0, 1], (4,))"""
+
 # %% ../nbs/10_data.ipynb #83796fd7
 def digest(*arrays: np.ndarray # any numeric arrays
           ) -> str: # 64 hexadecimal digits

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COPIED', 'DATASET_NAMES', 'ATTACKS', 'STRENGTHS', 'TARGET', 'SOURCE', 'PAPER_N', 'ROOT', 'PROFILES', 'REQUIRED',
-           'N_NEIGHBORS', 'SHARED', 'paper', 'TableSpec', 'spec', 'profile_path', 'check_profile', 'load_profile',
-           'Row', 'rows_of', 'attack_settings', 'ensemble_runs', 'knn_runs', 'runs_of', 'has_neighbours',
-           'unique_settings', 'settings_of', 'settings_for', 'home_profile', 'statistics_path']
+           'N_NEIGHBORS', 'SHARED', 'paper', 'TableSpec', 'spec', 'results_folder', 'profile_path', 'check_profile',
+           'load_profile', 'Row', 'rows_of', 'attack_settings', 'ensemble_runs', 'knn_runs', 'runs_of',
+           'has_neighbours', 'unique_settings', 'settings_of', 'settings_for', 'home_profile', 'statistics_path']
 
 # %% ../nbs/internals/profiles.ipynb #9f000003
 from dataclasses import dataclass
@@ -64,6 +64,10 @@ ROOT = Path(rab_nb.__file__).resolve().parent.parent
 PROFILES = ROOT / 'nbs/experiments/profiles' # of a clone; the wheel has them beside the modules
 if not PROFILES.is_dir():
     PROFILES = Path(rab_nb.__file__).resolve().parent / '_profiles'
+
+def results_folder() -> Path: # absolute
+    "Where tables and their blocks are kept: results/ of the clone, or of the current folder outside of one."
+    return (ROOT if (ROOT / 'nbs/experiments').is_dir() else Path.cwd()) / 'results'
 
 def profile_path(name # 'quick', 'cpu', 'paper', or the path of a YAML file
                 ) -> Path: # an existing file
@@ -283,7 +287,7 @@ def home_profile(table: int, profile # 1-9; name or path of a profile
     return SHARED[-1] if same else name
 
 def statistics_path(table: int, profile, # 1-9; name or path of a profile
-                    folder=None # None: results/<profile> of the repository
+                    folder=None # None: results/<profile>, see `results_folder`
                    ) -> Path: # file of blocks
     "Where the blocks of a table are kept."
-    return Path(folder or ROOT / 'results' / home_profile(table, profile)) / f'table{table}.safetensors'
+    return Path(folder or results_folder() / home_profile(table, profile)) / f'table{table}.safetensors'

@@ -7,8 +7,8 @@ __all__ = ['EXTRA_COLUMNS', 'seeds_note', 'lines_of', 'columns_of', 'markdown', 
            'differences', 'informative', 'verdict', 'extra_lines', 'statement_lines', 'neighbour_lines', 'table_figure',
            'models_line', 'table_caption', 'privacy_line', 'findings', 'comparable', 'difference_lines', 'open_cells',
            'range_of_models', 'explanation', 'reading_lines', 'dot_plot', 'write_file', 'missing_page', 'page_markdown',
-           'write_table', 'all_pages', 'list_of_tables', 'at_a_glance', 'one_page', 'write_list', 'run_notebook',
-           'make_table', 'print_locations', 'main']
+           'write_table', 'finished_page', 'all_pages', 'list_of_tables', 'at_a_glance', 'one_page', 'write_list',
+           'run_notebook', 'make_table', 'print_locations', 'main']
 
 # %% ../nbs/internals/report.ipynb #8987e533
 import json
@@ -721,6 +721,19 @@ def _write_missing(table: TableSpec, profile: dict,
     for ending in _FILES_OF_A_RUN:
         (folder / f'{name}{ending}').unlink(missing_ok=True)
     return write_file(folder / f'{name}.md', page_markdown(page))
+
+# %% ../nbs/internals/report.ipynb #d0c50016
+def finished_page(number: int, # table, 1-9
+                  name: str # profile
+                 ) -> str: # Markdown; '' where nothing is finished
+    "The page of a table from what has been computed, without its figure and links to files."
+    name = home_profile(number, name) if number in range(1, 10) else name
+    table, profile = spec(number), load_profile(name)
+    finished = finished_rows(table, profile)
+    if not finished: return ''
+    scores = beside_paper(with_means(tidy(finished, table)), table)
+    parts = page_markdown(_page_of(finished, scores, table, profile)).split('\n\n')
+    return '\n\n'.join(part for part in parts if not part.startswith(('![', '[executed notebook]')))
 
 # %% ../nbs/internals/report.ipynb #93a67893
 def all_pages(results: Path # folder with a folder per profile

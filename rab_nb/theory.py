@@ -290,7 +290,8 @@ def least_vote(eps, # law: masses over atoms, scipy.stats, Product, a noise, or 
     fine, coarse = (_component_cells(pairs, m) for m in (n, n // 2))
     return fine.least(p), 4 * np.interp(p, fine.cum_p, _interpolation_error(fine, coarse))
 
-def check_numbers(name: str, value # of any shape
+def check_numbers(name: str, # what the message calls it
+                  value # numbers of any shape
                  ) -> np.ndarray: # float64
     "ValueError, with its name, where a value holds something else than numbers."
     array = np.asarray(value)

@@ -57,6 +57,57 @@ def test_reference_tells_arguments_errors_and_results():
     assert any('finite' in text for kind, text in scale.errors), 'errors of functions it calls belong to it'
 
 
+@pytest.fixture(scope='module')
+def modules():
+    return reference.load(ROOT / 'rab_nb')
+
+
+def entries(members, owner):
+    for member in members:
+        yield f'{owner}.{member.name}', member
+        yield from entries(member.members, f'{owner}.{member.name}')
+
+
+# internals whose helpers still share comments
+SHARING = {'knn', 'bins', 'chi', 'votes', 'quantised', 'training', 'stacked', 'store', 'tables', 'workers',
+           'profiles', 'report', 'rows', 'experiments', 'pool', 'cli'}
+
+
+def test_every_argument_has_a_comment_of_its_own(modules):
+    "None is missing, and none is copied from an argument beside it."
+    found = []
+    for name, module in modules.items():
+        if name in SHARING or not module.public: continue
+        for full, member in entries(module.members, name):
+            said = [a.comment for a in member.arguments if a.name != '*']
+            if not all(said) or len(set(said)) < len(said): found.append((full, said))
+    assert not found
+
+
+def test_reference_begins_with_what_users_import(modules):
+    order = {'class': 0, 'function': 1, 'data': 2}
+    for module in modules.values():
+        kinds = [order[member.kind] for member in module.members]
+        assert kinds == sorted(kinds), f'{module.name}: classes, functions, constants'
+    for name, home in reference.imported_from_the_top(ROOT / 'rab_nb'):
+        members = modules[home].members
+        kind = modules[home].member(name).kind
+        mine = [member.name for member in members if member.kind == kind]
+        main = reference.MAIN.get(home, '').split()
+        main += [n for n, h in reference.imported_from_the_top(ROOT / 'rab_nb') if h == home]
+        assert set(mine[:mine.index(name) + 1]) <= set(main), f'{home}: {mine} before {name}'
+
+
+def test_classes_show_what_they_inherit(modules):
+    "Arguments, methods, attributes and the example of a classifier whose parts stand in several cells."
+    for home, name in (('ensemble', 'RABClassifier'), ('estimators', 'SmoothedEnsembleClassifier')):
+        member = modules[home].member(name)
+        assert [m.name for m in member.members[:4]] == ['fit', 'predict', 'predict_proba', 'certify']
+        assert {'noise', 'n_estimators', 'random_state'} <= {a.name for a in member.arguments}
+    text = reference.page(modules['ensemble'], str, lambda name: '')
+    assert ':param lr: step size of Adam' in text and '- `classes_`: ' in text and '>>> clf.fit(X, y)' in text
+
+
 def test_numbers_link_only_in_prose():
     numbers = links.Numbers()
     marked = numbers.mark('By\n\n$$x = y. \\tag{24}$$\n\n**Theorem 1.** As (24) says.', 'theory')
