@@ -105,12 +105,12 @@ def show_code(cell, prose, page):
     return cell
 
 
-def opening(text, page, path, module):
-    "Title and claim, then where the page comes from."
+def opening(text, page, path, module, public):
+    "Title and claim, then where the page comes from; a module without public names has no page of its own."
     title, _, claim = text.strip().partition('\n')
     claim = re.sub(r'^>\s?', '', claim.strip(), flags=re.M)
     note = f'Notebook [{path}]({repository()}/blob/main/{path})'
-    if module: note += f' · module [rab_nb.{module}](/reference/{module}.md)'
+    if module: note += f' · module [rab_nb.{module}](/reference/{module}.md)' if public else f' · module `rab_nb.{module}`'
     parts = [title, f'{{.lead}}\n{claim}' if claim else '', f'{{.origin}}\n{note}' if page != 'index' else '']
     return '\n\n'.join(filter(None, parts))
 
@@ -201,7 +201,7 @@ class Site:
             if cell.cell_type == 'markdown':
                 prose = cell.source
                 cell.source = self.link(cell.source, path, page, module, local)
-                if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module)
+                if number == 0: cell.source = opening(table_title(cell.source, path), page, path, module, module in self.modules)
             else: self.link_outputs(show_code(cell, prose, page), path)
             cells.append(cell)
         notebook.cells = self.front(cells) if page == 'index' else cells
@@ -227,7 +227,6 @@ class Site:
         folder = self.source / 'reference'
         folder.mkdir(parents=True)
         for name, module in self.modules.items():
-            if not module.public: continue
             linked = lambda text: rewrite(text, code=lambda piece: self.names.link(piece, name), prose=lambda piece: self.numbers.link(piece, ''))
             (folder / f'{name}.md').write_text(reference.page(module, linked, lambda member: self.where(name, member)))
         (folder / 'index.md').write_text(self.reference_index())
@@ -239,8 +238,8 @@ class Site:
         return f'Explained and tested in [{text}]({"#" + label if label else f"/{page}.ipynb"}).'
 
     def reference_index(self):
-        modules = [m for m in self.modules.values() if m.public]
-        modules.sort(key=lambda m: next((path for path in self.paths if Path(page_of(path)).name == m.name), '~'))
+        place = lambda m: next((path for path in self.paths if Path(page_of(path)).name == m.name), '~')
+        modules = sorted(self.modules.values(), key=place)
         entry = lambda m: f'## [rab_nb.{m.name}](/reference/{m.name}.md)\n\n{reference.escape(m.doc)}\n\n' + ', '.join(
             f'{{py:obj}}`{x.name} <rab_nb.{m.name}.{x.name}>`' for x in m.members)
         tree = '```{toctree}\n:hidden:\n\n' + '\n'.join(m.name for m in modules) + '\n```'

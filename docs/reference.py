@@ -287,7 +287,7 @@ def page(module, link, explained):
 
 
 def load(folder):
-    "Every exported module of the package, by name."
+    "Every exported module that has public names, by name."
     found = {}
     found |= {path.stem: Module(path, found) for path in sorted(Path(folder).glob('[a-z]*.py'))}
-    return found
+    return {name: module for name, module in found.items() if module.public}

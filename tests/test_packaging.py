@@ -92,5 +92,5 @@ assert 'env' in str(folder), folder
 for path in sorted(folder.glob('[a-z]*.py')):
     importlib.import_module('rab_nb.' + path.stem); print(path.stem)
 '''
-    printed = run(python, '-c', script, cwd=tmp_path)
+    printed = run(python, '-I', '-c', script, cwd=tmp_path)
     assert 'ensemble' in printed and 'workers' in printed

@@ -69,8 +69,7 @@ def entries(members, owner):
 
 
 # internals whose helpers still share comments
-SHARING = {'knn', 'bins', 'chi', 'votes', 'quantised', 'training', 'stacked', 'store', 'tables', 'workers',
-           'profiles', 'report', 'rows', 'experiments', 'pool', 'cli'}
+SHARING = {'knn', 'bins', 'chi', 'votes', 'quantised', 'rows'}
 
 
 def test_every_argument_has_a_comment_of_its_own(modules):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import rab_nb
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb')
                    if not any(part.startswith(('.', '_')) for part in path.parts[len(ROOT.parts):]))
@@ -18,6 +20,11 @@ ROOMS = [  # upper rooms import lower ones; within a row a room may import those
     'rows pool dp noise features inputs stacked bins chi bounds theory labels']
 WIDTH = 110  # columns of code
 NOT_YET = set()  # stems of notebooks that are not reformatted yet
+LATER = {'knn', 'bins', 'chi', 'votes', 'quantised', 'rows'}
+PROMISED = {  # what the package offers and nothing inside it calls
+    ('bounds', 'empirical_bernstein'), ('bounds', 'betting'), ('bounds', 'clopper_pearson'), ('cli', 'main'),
+    ('defences', 'BaggedClassifier'), ('defences', 'PlainKNNClassifier'), ('defences', 'RowCertificate'),
+    ('dp', 'clipped_sum')}
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
@@ -66,14 +73,58 @@ def test_imports_only_lower_rooms(path):
         assert place(name) < place(path.stem), f'{path.stem} imports {name}, which stands above it'
 
 
+def public_names(path):
+    found = re.search(r'__all__ = (\[.*?\])', path.read_text(), re.S)
+    return ast.literal_eval(found[1]) if found else []
+
+
 def test_no_public_name_twice():
     "A name in code type on the site leads to one place; `main` is what a module does as a command."
     owners = {}
     for path in MODULES:
-        found = re.search(r'__all__ = (\[.*?\])', path.read_text(), re.S)
-        for name in ast.literal_eval(found[1]) if found else []: owners.setdefault(name, []).append(path.stem)
+        for name in public_names(path): owners.setdefault(name, []).append(path.stem)
     twice = {name: modules for name, modules in owners.items() if len(modules) > 1}
-    assert set(twice) <= {'main', 'check_finite'}, twice
+    assert set(twice) <= {'main'}, twice
+
+
+def used_names(source):
+    "(module, name) of all that a file takes from the package, by import or as an attribute of a module"
+    tree, modules = ast.parse(re.sub(r'^\s*[%!].*', '', source, flags=re.M)), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split('.')[0] == 'rab_nb'):
+            room = (node.module or '').removeprefix('rab_nb').lstrip('.')
+            for alias in node.names:
+                if not room: modules[alias.asname or alias.name] = alias.name
+                yield room or rab_nb._ROOMS.get(alias.name), alias.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield modules[node.value.id], node.attr
+
+
+def test_use_is_seen():
+    source = ('from rab_nb import theory as t, certify\nfrom rab_nb.noise import rng\n%matplotlib inline\n'
+              't.gaussian_radius(1)\nnp.zeros(1)')
+    wanted = {('theory', 'gaussian_radius'), ('certificate', 'certify'), ('noise', 'rng')}
+    assert wanted == set(used_names(source)) - {(None, 'theory')}
+
+
+def test_public_names_are_few_and_used():
+    """Public is what a user or another page takes from a room, and what CONTRIBUTING's recipes and profiles
+    name. The rest is for `#| exporti` or an underscore: it can change without notice."""
+    public = {(path.stem, name) for path in MODULES for name in public_names(path) if path.stem not in LATER}
+    used = {(room, name) for name, room in rab_nb._ROOMS.items()}
+    used |= {use for path in MODULES for use in used_names(path.read_text()) if use[0] != path.stem}
+    readers = [path for path in NOTEBOOKS if path.parent.name != 'internals']
+    for path in readers:
+        pages = [source for source in cells(path) if not re.search(r'^#\|\s*export', source, re.M)]
+        own = re.findall(r'^#\|\s*default_exp (\w+)', '\n'.join(cells(path)), re.M)
+        used |= {use for use in used_names('\n'.join(pages)) if [use[0]] != own}
+    profiles = (ROOT / 'nbs/experiments/profiles').glob('*.yaml')
+    told = ' '.join(path.read_text() for path in [ROOT / 'CONTRIBUTING.md', *profiles])
+    unused = {use for use in public - used if not re.search(rf'\b{use[1]}\b', told)}
+    assert not unused - PROMISED, 'names that only their own module uses: #| exporti, or an underscore'
+    assert PROMISED <= public - used, 'promised names that do not need the promise any more'
+    assert len(public) < 120, len(public)
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: path.stem)
