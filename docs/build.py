@@ -22,6 +22,7 @@ from links import Files, Names, Numbers, last_sentence, plain, rewrite
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ('paper', 'cpu')  # those whose results are committed, the nearest to the paper first
 TUTORIALS = ['own_data', 'own_model', 'embeddings', 'certificate', 'which_noise', 'which_defence', 'scaling', 'errata']  # in reading order; others follow
+EXPERIMENTS = ['dnn', 'knn', 'epochs', 'starts', 'dp', 'labels', 'defences', 'bench_ensemble', 'bench_knn']
 INTERNALS = ['stacked', 'pool', 'training', 'chi', 'bins', 'rows', 'votes', 'quantised', 'store', 'workers', 'experiments', 'profiles', 'tables', 'report', 'cli']
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.+?)\s*$', re.M)
 LIMIT = 30e6
@@ -57,7 +58,8 @@ def contents(paths):
     order = lambda known: lambda page: known.index(Path(page).name) if Path(page).name in known else len(known)
     return {'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order(TUTORIALS)),
             'Theory': pick(r'nbs/0\d\w?_'), 'Algorithms': pick(r'nbs/[1-9]\d\w?_'),
-            'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values()) + pick(r'nbs/experiments/'),
+            'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values())
+            + sorted(pick(r'nbs/experiments/'), key=order(EXPERIMENTS)),
             'Internals': sorted(pick(r'nbs/internals/'), key=order(INTERNALS)),
             'Reference': ['reference/index'], 'Project': ['contributing']}, newest
 

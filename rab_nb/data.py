@@ -943,6 +943,8 @@ def load(name: str, # one of `names()`, or the path of a file (see `from_file`) 
         ) -> Task:
     "A data set of the paper or a bundled stand-in."
     if name not in DATASETS:
+        if not isinstance(name, (str, os.PathLike)):
+            raise ValueError(f'name must be one of {names()}, or a path, got {name!r}')
         path = Path(name)
         if path.is_dir(): return from_folder(path, classes, 224 if size is None else size, random_state)
         if path.suffix.lower() in _FILES and size is None: return from_file(path, classes, random_state)

@@ -764,13 +764,17 @@ def _tried(module, x, training): # network, (b, ...) inputs, mode -> what it ret
         return module(x)
 
 def _check_tensor(out, mode): # what a network returned, ' in training mode' or ''
-    if isinstance(out, torch.Tensor): return
-    what, example = f'a {type(out).__name__}', ''
+    if isinstance(out, torch.Tensor) and not out.is_complex(): return
+    what, example = 'None' if out is None else f'an object of type {type(out).__name__}', ''
+    if isinstance(out, torch.Tensor):
+        what, example = f'a tensor of type {out.dtype}', ', as real numbers'
+    if hasattr(out, 'logits') and not isinstance(out, dict):
+        example = ', such as module(x).logits'
     if isinstance(out, (tuple, list)):
-        what, example = f'{what} of {len(out)} values', ', such as module(x)[0]'
+        what, example = f'a {type(out).__name__} of {len(out)} values', ', such as module(x)[0]'
     if isinstance(out, dict):
         key = 'logits' if 'logits' in out else next(iter(out), '')
-        what, example = f'{what} with the keys {list(out)}', f', such as module(x)[{key!r}]'
+        what, example = f'a {type(out).__name__} with the keys {list(out)}', f', such as module(x)[{key!r}]'
     raise ValueError(f'module returns {what}{mode}, it must return one tensor of logits: '
                      f'wrap it in a module whose forward returns that tensor alone{example}')
 
@@ -967,6 +971,7 @@ def save_groups(path, done: dict, about: dict # plain values to keep beside the 
     "Write trained groups to a safetensors file."
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
+    if not isinstance(path, (str, os.PathLike)): raise ValueError(f'path must name a file, got {path!r}')
     groups = list(done.values())
     names = list(groups[0]['models'])
     text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=names))

@@ -139,6 +139,45 @@ def test_finished_site_is_checked(tmp_path):
     assert complaints.count('\n') == 2
 
 
+def test_sidebar_is_in_reading_order():
+    """Tutorials first, theory before algorithms, tables before the notebooks that draw them, internals last;
+    each group as the front page lists it."""
+    groups, _ = build.contents(build.sources())
+    assert [*groups] == 'Tutorials Theory Algorithms Experiments Internals Reference Project'.split()
+    told = (ROOT / 'nbs/index.ipynb').read_text()
+    for group in 'Tutorials', 'Experiments':
+        names = [page.split('/')[-1] for page in groups[group] if page.startswith(group.lower())]
+        places = [told.find(f'/{name}.ipynb)') for name in names if f'/{name}.ipynb)' in told]
+        assert len(places) >= 7, f'the front page names too few of {names}'
+        assert group == 'Tutorials' or places == sorted(places), names
+    assert groups['Experiments'][0] == 'results/index'
+    for known in build.TUTORIALS, build.EXPERIMENTS, build.INTERNALS:
+        pages = {Path(page).name for pages in groups.values() for page in pages}
+        assert set(known) <= pages, 'an order names a page that does not exist'
+    listed = {Path(page).name for group in ('Tutorials', 'Internals') for page in groups[group]}
+    listed |= {Path(page).name for page in groups['Experiments'] if page.startswith('experiments/')}
+    assert listed == {*build.TUTORIALS, *build.INTERNALS, *build.EXPERIMENTS}, 'pages without a place'
+
+
+def next_page(site, page):
+    found = re.search(r'<a class="next-page" href="([^"#]+)', (site / page).read_text())
+    if not found: return ''
+    return (site / page).parent.joinpath(found[1]).resolve().relative_to(site.resolve()).as_posix()
+
+
+@pytest.mark.slow
+def test_next_leads_through_all_pages_in_reading_order(site):
+    groups, _ = build.contents(build.sources())
+    wanted = ['index', *(page for pages in groups.values() for page in pages)]
+    chain = ['index.html']
+    while (following := next_page(site, chain[-1])) and following not in chain:
+        chain.append(following)
+    seen = [page.removesuffix('.html') for page in chain]
+    assert [page for page in seen if page in wanted] == wanted
+    rest = {path.relative_to(site).as_posix() for path in site.rglob('*.html')} - set(chain)
+    assert rest <= {'genindex.html', 'py-modindex.html', 'search.html', 'report/index.html'}
+
+
 def test_alternative_text_is_the_sentence_before():
     prose = '## Head\n\nFirst. The radius $r$ grows with `sigma`:'
     assert links.last_sentence(prose) == 'The radius r grows with sigma.'

@@ -24,7 +24,7 @@ LATER = {'knn', 'bins', 'chi', 'votes', 'quantised', 'rows'}
 PROMISED = {  # what the package offers and nothing inside it calls
     ('bounds', 'empirical_bernstein'), ('bounds', 'betting'), ('bounds', 'clopper_pearson'), ('cli', 'main'),
     ('defences', 'BaggedClassifier'), ('defences', 'PlainKNNClassifier'), ('defences', 'RowCertificate'),
-    ('dp', 'clipped_sum')}
+    ('dp', 'clipped_sum'), ('inputs', 'dataset_arrays')}
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
