@@ -313,11 +313,17 @@ class Page(HTMLParser):
         if tag == 'img': self.images.append(attributes)
 
 
+EMPTY = re.compile(r'<section[^>]*>\s*(?:<span[^>]*></span>\s*)*<h[1-6].*?</h[1-6]>\s*</section>', re.S)
+
+
 def check(site):
-    "Complaints about links, fragments, alternative texts and size."
+    "Complaints about links, fragments, alternative texts, empty sections, objects shown by name, and size."
     pages = {path.resolve(): Page(path) for path in site.rglob('*.html')}
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
+        text = path.read_text()
+        for section in EMPTY.findall(text): yield f'{name}: nothing stands below {re.sub("<[^>]+>", "", section).strip()!r}'
+        if '&lt;IPython.core' in text: yield f'{name}: an object of IPython is shown by its name'
         for image in page.images:
             if not (image.get('alt') or '').strip() or image['alt'] == image['src']: yield f'{name}: {image["src"]} has no alternative text'
         for link in set(page.links):

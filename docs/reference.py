@@ -257,6 +257,15 @@ def fields(member, link):
     return '\n'.join(lines)
 
 
+def attribute_lines(member):
+    "(names in code type, what they hold) of a class's attributes, without those that are arguments and described as such."
+    arguments = {argument.name for argument in member.arguments}
+    for line in member.sections.get('Attributes', '').split('\n'):
+        names, _, text = line.partition(' : ')
+        left = [name.strip() for name in names.split(',') if name.strip() not in arguments]
+        if text and left: yield ', '.join(f'`{name}`' for name in left), text
+
+
 def entry(member, module, link, explained, owner=''):
     "One name as a directive of Sphinx's Python domain."
     call = member.kind not in ('data', 'attribute', 'property')
@@ -266,8 +275,8 @@ def entry(member, module, link, explained, owner=''):
     if member.kind == 'property' and member.returns.annotation: options.append(f':type: {member.returns.annotation}')
     if member.kind == 'attribute': options.append(f':value: {member.code}')
     parts = ['\n'.join(options), link(escape(member.doc)), fields(member, link)]
-    if attributes := described(member.sections.get('Attributes', '')):
-        parts.append('**Attributes**\n\n' + '\n'.join(f'- `{name}`: {link(escape(text))}' for name, text in attributes.items()))
+    if attributes := list(attribute_lines(member)):
+        parts.append('**Attributes**\n\n' + '\n'.join(f'- {names}: {link(escape(text))}' for names, text in attributes))
     if example := member.sections.get('Examples'): parts.append('**Example**\n\n' + fenced(example, 'python'))
     parts += [entry(inner, module, link, '', member.name) for inner in member.members]
     if not owner:

@@ -745,6 +745,22 @@ def all_pages(results: Path # folder with a folder per profile
                 found[profile, f'table{number}'] = found[home, f'table{number}'] | dict(asked=profile)
     return [found[key] for key in sorted(found, key=lambda key: (SHARED.index(key[0]), key[1]))]
 
+# %% ../nbs/internals/report.ipynb #d0c5002d
+_RESULTS_INTRODUCTION = '''# Results
+
+The nine tables of the paper, from runs of our own. The column `paper` is the setting nearest to the paper's, with its
+data and its number of models; `cpu`, for a laptop, has ensembles of 200 models and smaller networks for colour
+images. A cell says how many of a table's twelve rows have been run and with how many models, and how near our numbers
+are to the printed ones. *Distinct, informative cells* are those that the paper does not repeat in another column,
+and that are not 0 or 1 in the paper and here. A table with fewer models than the paper's is *provisional*: with a
+hundred models instead of a thousand, Hoeffding's bound certifies less whatever the models answer.
+
+Nothing here was typed in. `rab-nb run --table 1 --profile paper` computes a hundred models of every row at a time and
+keeps their statistics in `results/paper/table1.safetensors`, and the same command goes on where they end.
+`make tables PROFILE=paper TABLES=1` draws the page from them.
+
+'''
+
 # %% ../nbs/internals/report.ipynb #9a1f0006
 def _grid_cell(page: dict | None) -> str: # of `all_pages`
     "What a profile has of a table, in a cell."
@@ -774,14 +790,8 @@ def list_of_tables(pages: list # of `all_pages`
         for number in sorted(titles)
     ]
     escaped = [[escape(cell, quote=False) for cell in line] for line in lines]
-    return (
-        '# Results\n\nWritten by `make tables`; every number comes from a run. What was computed is in '
-        '`tableN.safetensors`, blocks of models that add up, and every page is drawn from them. '
-        '`rab-nb run --table N --profile paper` computes what is not run, a hundred models of every row at a '
-        'time, and goes on where the blocks end; then `make tables PROFILE=paper TABLES=N` draws it.\n\n'
-        + _pipe_table(['table', *SHARED], escaped)
-        + '\n'
-    )
+    head, rule, *rest = _pipe_table(['table', *SHARED], escaped).split('\n')
+    return _RESULTS_INTRODUCTION + '\n'.join([head, rule.replace('---:', '---'), *rest]) + '\n'
 
 # %% ../nbs/internals/report.ipynb #9a1f0005
 def at_a_glance(results: Path = ROOT / 'results' # folder with a folder per profile

@@ -131,12 +131,16 @@ def test_files_become_pages_repository_links_or_errors():
 
 def test_finished_site_is_checked(tmp_path):
     (tmp_path / 'a.html').write_text('<p id="here"><a href="b.html">b</a><a href="#here">ok</a><a '
-                                     'href="#gone">x</a><img src="a.html"><img src="a.html" alt="fine">')
+                                     'href="#gone">x</a><img src="a.html"><img src="a.html" alt="fine">'
+                                     '<section id="x"><h2>Hollow<a></a></h2>\n</section>'
+                                     '<section><h2>Full</h2><p>text</p></section><pre>&lt;IPython.core.display&gt;</pre>')
     complaints = '\n'.join(build.check(tmp_path))
     assert 'b.html leads nowhere' in complaints
     assert '#gone has no such place' in complaints
     assert 'no alternative text' in complaints
-    assert complaints.count('\n') == 2
+    assert "nothing stands below 'Hollow'" in complaints and 'Full' not in complaints
+    assert 'shown by its name' in complaints
+    assert complaints.count('\n') == 4
 
 
 def test_sidebar_is_in_reading_order():
@@ -176,6 +180,48 @@ def test_next_leads_through_all_pages_in_reading_order(site):
     assert [page for page in seen if page in wanted] == wanted
     rest = {path.relative_to(site).as_posix() for path in site.rglob('*.html')} - set(chain)
     assert rest <= {'genindex.html', 'py-modindex.html', 'search.html', 'report/index.html'}
+
+
+def hollow_sections(parts):
+    "Headings with nothing below them; `parts` are (kind of cell, source) in their order."
+    pending, fenced = [], False
+    for kind, text in parts:
+        if kind != 'markdown' and text.strip():
+            pending = []
+            continue
+        for line in text.split('\n'):
+            fenced ^= line.startswith('```')
+            found = None if fenced else re.match(r'(#{1,6})\s+\S', line)
+            if found and pending and len(found[1]) <= pending[-1][0]: yield pending[-1][1]
+            if found: pending = [(len(found[1]), line)]
+            elif line.strip(): pending = []
+    yield from (line for _, line in pending)
+
+
+def written_pages():
+    import nbformat
+    for path in build.sources():
+        yield path, [(cell.cell_type, cell.source) for cell in nbformat.read(ROOT / path, 4).cells]
+    for path in [*ROOT.glob('*.md'), *(ROOT / 'results').rglob('*.md')]:
+        yield str(path.relative_to(ROOT)), [('markdown', path.read_text())]
+
+
+def test_no_section_is_hollow():
+    seen = [('markdown', '# A\n\n## B\n\n## C\ntext'), ('code', 'x = 1'), ('markdown', '## D')]
+    assert list(hollow_sections(seen)) == ['## B', '## D']
+    found = {path: hollow for path, parts in written_pages() if (hollow := list(hollow_sections(parts)))}
+    assert not found
+
+
+def test_no_projection_where_the_number_of_models_is_the_papers():
+    "A page speaks of models as if there were more of them only where some are missing."
+    import json
+    for path in sorted((ROOT / 'results').glob('*/table[1-9].json')):
+        page, notebook = json.loads(path.read_text()), path.with_suffix('.ipynb')
+        if not notebook.exists() or page.get('provisional'): continue
+        cells = json.loads(notebook.read_text())['cells']
+        said = json.dumps([output for cell in cells for output in cell.get('outputs', [])])
+        assert 'as if N' not in said and 'were 1000' not in said, path
 
 
 def test_alternative_text_is_the_sentence_before():
