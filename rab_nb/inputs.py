@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from sklearn.exceptions import DataConversionWarning
 from sklearn.utils import check_array
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
@@ -91,8 +92,8 @@ def _items(dataset): # as in `dataset_arrays` -> an iterable that ends
     loaded, listed = isinstance(dataset, torch.utils.data.DataLoader), hasattr(dataset, '__getitem__')
     stream = isinstance(dataset, torch.utils.data.IterableDataset)
     if isinstance(dataset, (dict, str, bytes)) or not (listed or hasattr(dataset, '__iter__')):
-        raise ValueError('dataset must be a torch Dataset, a DataLoader or an iterable of (input, label) pairs, '
-                         f'got {type(dataset).__name__}')
+        raise ValueError('dataset must be a torch Dataset, a DataLoader or an iterable of (input, label) '
+                         f'pairs, got {type(dataset).__name__}')
     if loaded and dataset.drop_last and dataset.batch_size is not None:
         warnings.warn('the DataLoader has drop_last=True: the rows of its last, smaller batch are left out; '
                       'dataset_arrays(loader.dataset) reads all')
@@ -292,8 +293,14 @@ def check_labels(y, # (n,) labels of any sortable type
                  n: int, # number of inputs
                  least: int = 2 # fewest classes allowed
                 ) -> tuple: # classes, (n,) numbers 0..C-1
-    "Sorted classes and each label's number; ValueError for missing, fractional, mixed or too few labels."
+    """Sorted classes and each label's number; ValueError for missing, fractional, mixed or too few labels.
+
+    A column of labels, as in a frame of one column, is taken with scikit-learn's DataConversionWarning."""
     y = to_labels(y)
+    if y.ndim == 2 and y.shape[1] == 1:
+        warnings.warn('A column-vector y was passed when a 1d array was expected: its one column is taken as '
+                      'the labels; pass y.ravel() to be silent', DataConversionWarning, stacklevel=4)
+        y = y[:, 0]
     if y.ndim != 1 or len(y) != n:
         raise ValueError(f'y should be a 1d array with one label for each of the {n} inputs, '
                          f'got shape {y.shape}')

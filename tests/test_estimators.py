@@ -1,7 +1,7 @@
 """Both classifiers against scikit-learn's own checks, and inside its tools.
 
-The check that they do not pass is listed with the reason. `test_refusals` shows that what is refused is
-refused with a ValueError; `test_inputs.py` has the frames, and scikit-learn's check of their column names."""
+They pass all of them. `test_refusals` shows that what is refused is refused with a ValueError;
+`test_inputs.py` has the frames, and scikit-learn's check of their column names."""
 import inspect
 from functools import partial
 
@@ -28,11 +28,6 @@ from rab_nb.metrics import abstention_rate, attack_success_rate, certified_accur
 from rab_nb.models import mlp
 from rab_nb.noise import GaussianNoise
 
-FAILED = {
-    'check_supervised_y_2d': 'a column vector of labels is refused, the check wants a warning: '
-                             'a shape that is not what it seems should not pass'}
-
-
 class Sized(RABClassifier):
     """RABClassifier takes a module for the data at hand; the checks bring data of many widths and numbers of
     classes, so here the module follows them."""
@@ -49,7 +44,7 @@ class Sized(RABClassifier):
     def module(self, value): pass
 
 
-@parametrize_with_checks([SmoothedKNNClassifier(), Sized()], expected_failed_checks=lambda e: FAILED)
+@parametrize_with_checks([SmoothedKNNClassifier(), Sized()])
 def test_check_estimator(estimator, check): check(estimator)
 
 
@@ -65,13 +60,22 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 @ESTIMATORS
 @pytest.mark.parametrize('x, y',
                          [(X + 1j, Y), (csr_array(X), Y), (X.astype(object).astype(str), Y), (X[:0], Y[:0]),
-                          (X[:, 0], Y), (X, None), (X, Y[:, None]), (X, Y[:9]),
+                          (X[:, 0], Y), (X, None), (X, np.stack([Y, Y], 1)), (X, Y[:9]),
                           (np.where(X < .1, np.nan, X), Y), (X, np.where(Y > 0, np.nan, 0.))],
                          ids=['complex', 'sparse', 'text', 'no rows', 'one row', 'no labels',
-                              'column of labels', 'too few labels', 'NaN', 'NaN label'])
+                              'two columns of labels', 'too few labels', 'NaN', 'NaN label'])
 def test_refusals(estimator, x, y):
     with pytest.raises(ValueError):
         estimator.fit(x, y)
+
+
+@ESTIMATORS
+def test_a_column_of_labels_is_taken_with_a_warning(estimator):
+    "As scikit-learn's own classifiers do; the models are those of the same labels in a row."
+    from sklearn.exceptions import DataConversionWarning
+    with pytest.warns(DataConversionWarning, match='ravel'):
+        column = estimator.fit(X, Y[:, None]).predict_proba(X)
+    np.testing.assert_array_equal(column, estimator.fit(X, Y).predict_proba(X))
 
 
 @ESTIMATORS
