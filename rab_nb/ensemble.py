@@ -94,7 +94,7 @@ class _Settings(SearchableNoise, BaseEstimator):
                  lr: float = 1e-3, # step size of Adam
                  dp=None, # private gradients, e.g. DPSGD(5.0, 4.0)
                  label_noise: float = 0., # probability that a label is replaced by another class, < 1 - 1/C
-                 start: str = 'own', # initialisation and batches of every model, or 'shared': those of model 0
+                 start: str = 'own', # initialisation and batches of every model; 'shared': of model 0
                  test_noise: str = 'stream', # u of f(x + u): 'stream', 'hash' (of the trained model), 'none'
                  test_sigma: float = None, # None: u has the law of the noise; a number: N(0, test_sigma^2)
                  random_state: int = 0, # seed of every draw; keep it secret until the training data are fixed

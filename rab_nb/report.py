@@ -748,16 +748,17 @@ def all_pages(results: Path # folder with a folder per profile
 # %% ../nbs/internals/report.ipynb #d0c5002d
 _RESULTS_INTRODUCTION = '''# Results
 
-The nine tables of the paper, from runs of our own. The column `paper` is the setting nearest to the paper's, with its
-data and its number of models; `cpu`, for a laptop, has ensembles of 200 models and smaller networks for colour
-images. A cell says how many of a table's twelve rows have been run and with how many models, and how near our numbers
-are to the printed ones. *Distinct, informative cells* are those that the paper does not repeat in another column,
-and that are not 0 or 1 in the paper and here. A table with fewer models than the paper's is *provisional*: with a
-hundred models instead of a thousand, Hoeffding's bound certifies less whatever the models answer.
+The nine tables of the paper, from runs of our own. The column `paper` is the setting nearest to the
+paper's, with its data and its number of models; `cpu`, for a laptop, has ensembles of 200 models and
+smaller networks for colour images. A cell says how many of a table's twelve rows have been run and with how
+many models, and how near our numbers are to the printed ones. *Distinct, informative cells* are those that
+the paper does not repeat in another column, and that are not 0 or 1 in the paper and here. A table with
+fewer models than the paper's is *provisional*: with a hundred models instead of a thousand, Hoeffding's
+bound certifies less whatever the models answer.
 
-Nothing here was typed in. `rab-nb run --table 1 --profile paper` computes a hundred models of every row at a time and
-keeps their statistics in `results/paper/table1.safetensors`, and the same command goes on where they end.
-`make tables PROFILE=paper TABLES=1` draws the page from them.
+Nothing here was typed in. `rab-nb run --table 1 --profile paper` computes a hundred models of every row at
+a time and keeps their statistics in `results/paper/table1.safetensors`, and the same command goes on where
+they end. `make tables PROFILE=paper TABLES=1` draws the page from them.
 
 '''
 
