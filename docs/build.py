@@ -21,6 +21,7 @@ from links import Files, Names, Numbers, last_sentence, plain, rewrite
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ('paper', 'cpu')  # those whose results are committed, the nearest to the paper first
 TUTORIALS = ['own_data', 'own_model', 'embeddings', 'certificate', 'which_noise', 'which_defence', 'scaling', 'errata']  # in reading order; others follow
+EXPERIMENTS = ['dnn', 'knn', 'epochs', 'starts', 'dp', 'labels', 'defences', 'bench_ensemble', 'bench_knn']
 INTERNALS = ['stacked', 'pool', 'training', 'chi', 'bins', 'rows', 'votes', 'quantised', 'store', 'workers', 'experiments', 'profiles', 'tables', 'report', 'cli']
 DIRECTIVE = re.compile(r'^#\s*\|\s*(.+?)\s*$', re.M)
 LIMIT = 30e6
@@ -56,7 +57,8 @@ def contents(paths):
     order = lambda known: lambda page: known.index(Path(page).name) if Path(page).name in known else len(known)
     return {'Tutorials': sorted(pick(r'nbs/tutorials/'), key=order(TUTORIALS)),
             'Theory': pick(r'nbs/0\d\w?_'), 'Algorithms': pick(r'nbs/[1-9]\d\w?_'),
-            'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values()) + pick(r'nbs/experiments/'),
+            'Experiments': ['results/index'] * (ROOT / 'results/README.md').exists() + list(newest.values())
+            + sorted(pick(r'nbs/experiments/'), key=order(EXPERIMENTS)),
             'Internals': sorted(pick(r'nbs/internals/'), key=order(INTERNALS)),
             'Reference': ['reference/index'], 'Project': ['contributing']}, newest
 
@@ -294,11 +296,17 @@ class Page(HTMLParser):
         if tag == 'img': self.images.append(attributes)
 
 
+EMPTY = re.compile(r'<section[^>]*>\s*(?:<span[^>]*></span>\s*)*<h[1-6].*?</h[1-6]>\s*</section>', re.S)
+
+
 def check(site):
-    "Complaints about links, fragments, alternative texts and size."
+    "Complaints about links, fragments, alternative texts, empty sections, objects shown by name, and size."
     pages = {path.resolve(): Page(path) for path in site.rglob('*.html')}
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
+        text = path.read_text()
+        for section in EMPTY.findall(text): yield f'{name}: nothing stands below {re.sub("<[^>]+>", "", section).strip()!r}'
+        if '&lt;IPython.core' in text: yield f'{name}: an object of IPython is shown by its name'
         for image in page.images:
             if not (image.get('alt') or '').strip() or image['alt'] == image['src']: yield f'{name}: {image["src"]} has no alternative text'
         for link in set(page.links):

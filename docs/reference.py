@@ -1,11 +1,12 @@
 "Reference pages from the modules' source alone: signatures, one comment per argument, errors, where it is explained, code."
 import ast
+import inspect
 import io
 import re
 import textwrap
 import tokenize
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 
@@ -32,6 +33,30 @@ class Member:
     errors: list = field(default_factory=list)
     code: str = ''
     members: list = field(default_factory=list)
+    sections: dict = field(default_factory=dict)  # 'Attributes' and 'Examples' of a class
+
+
+@cache
+def imported_from_the_top(folder):
+    "(name, module) of what `from rab_nb import ...` offers."
+    tree = ast.parse((folder / '__init__.py').read_text()) if (folder / '__init__.py').exists() else ast.parse('')
+    rooms = [node.value for node in tree.body if isinstance(node, ast.Assign) and unparse(node.targets[0]) == '_ROOMS']
+    return [(word.arg, ast.literal_eval(word.value)) for call in rooms for word in call.keywords]
+
+
+def split_sections(doc):
+    "A docstring in NumPy's style -> its text, and what stands under each underlined title."
+    text, *rest = re.split(r'^(\w+)\n-{3,}\n', doc, flags=re.M)
+    return text.strip(), {title: body.strip() for title, body in zip(rest[::2], rest[1::2])}
+
+
+def described(section):
+    "Lines `name, other : text` -> text by name."
+    found = {}
+    for line in section.split('\n'):
+        names, colon, text = line.partition(' : ')
+        if colon and not line.startswith(' '): found |= {name.strip(): text for name in names.split(',')}
+    return found
 
 
 def comments_by_line(source):
@@ -61,11 +86,20 @@ def annotation(node):
     return re.sub(r"'([\w.]+)'", r'\1', unparse(node))
 
 
-class Module:
-    "One exported module: its public names as `Member`s."
+# what a reader comes for besides the names of `from rab_nb import ...`: first among the classes and functions of its page
+MAIN = dict(theory='gaussian_radius relabelled_radius joint_norm uniform_certifies uniform_linf_radius robustness_condition',
+            bounds='hoeffding empirical_bernstein betting clopper_pearson', certificate='Certificate certify', noise='generator',
+            defences='compare_defences PartitionClassifier BaggedClassifier PlainKNNClassifier', data='load', inputs='dataset_arrays',
+            dp='epsilon')
+METHODS = ['fit', 'predict', 'predict_proba', 'certify']  # of a classifier, first
 
-    def __init__(self, path):
-        self.path, self.name, self.source = path, path.stem, path.read_text()
+
+class Module:
+    "One exported module: its public names as `Member`s. `others`: all modules by name, for what a class inherits from one of them."
+
+    def __init__(self, path, others=None):
+        self.others = {} if others is None else others
+        self.name, self.folder, self.source = path.stem, path.parent, path.read_text()
         self.lines, self.tree = self.source.split('\n'), ast.parse(self.source)
         self.comments = comments_by_line(self.source)
         named = [node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
@@ -83,8 +117,15 @@ class Module:
 
     @cached_property
     def members(self):
-        order = {node.name: node.lineno for node in self.nodes.values()}
-        return [self.member(name) for name in sorted(self.public, key=lambda name: order.get(name, 0))]
+        "Classes, functions, constants; among each of them what users import comes first, then the order of the notebook."
+        first = MAIN.get(self.name, '').split()
+        first += [name for name, home in imported_from_the_top(self.folder) if home == self.name and name not in first]
+
+        def place(name):
+            node = self.nodes.get(name)
+            kind = [ast.ClassDef, ast.FunctionDef, type(None)].index(type(node))
+            return (kind, 0, first.index(name)) if name in first else (kind, 1, getattr(node, 'lineno', 0))
+        return [self.member(name) for name in sorted(self.public, key=place)]
 
     def member(self, name):
         node = self.nodes.get(name)
@@ -127,32 +168,40 @@ class Module:
         out += [make(arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)]
         return out + ([make(args.kwarg, star='**')] if args.kwarg else [])
 
-    def functions(self, node):
-        "Functions of a class by name, those of its bases that have no entry of their own included."
-        own = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-        own += [item for item in self.patches if patched(item) == node.name]
-        found = {item.name: item for item in own}
+    def lineage(self, node):
+        "The class and what it inherits from in this package, the nearest first: (module, node)."
+        found = [(self, node)]
         for base in map(unparse, node.bases):
-            if base in self.nodes and base not in self.public: found = found | self.functions(self.nodes[base]) | found
-            elif base in self.imported: found = found | self.imported[base].functions(self.imported[base].nodes[base]) | found
+            homes = [module for module in [self, *self.others.values()] if base in module.nodes]
+            if homes: found += homes[0].lineage(homes[0].nodes[base])
         return found
 
-    @cached_property
-    def imported(self):
-        "Classes of other modules of the package that have no entry there -> their modules."
-        lines = [node for node in self.tree.body if isinstance(node, ast.ImportFrom) and (self.path.parent / f'{node.module}.py').exists()]
-        found = {alias.name: Module(self.path.parent / f'{node.module}.py') for node in lines for alias in node.names if alias.name[0].isupper()}
-        return {name: module for name, module in found.items() if name in module.nodes and name not in module.public}
+    def methods(self, node):
+        own = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        return own + [item for item in self.patches if patched(item) == node.name]
+
+    def added_doc(self, name):
+        "What `name.__doc__ += ...` adds."
+        added = [item.value for item in self.tree.body if isinstance(item, ast.AugAssign) and unparse(item.target) == f'{name}.__doc__']
+        return ''.join(map(ast.literal_eval, added))
 
     def class_member(self, node):
-        own = self.functions(node)
-        methods = [item for name, item in own.items() if not name.startswith('_')]
-        start = [own['__init__']] if '__init__' in own else []
+        lineage = self.lineage(node)
+        start = [(module, item) for module, cls in lineage for item in module.methods(cls) if item.name == '__init__']
         fixed = [Member('attribute', unparse(item.targets[0]), self.comment(item), code=unparse(item.value)) for item in node.body
                  if isinstance(item, ast.Assign) and not unparse(item.targets[0]).startswith('_')]
-        arguments = self.arguments(start[0].args)[1:] if start else self.fields(node)
-        return Member('class', node.name, ast.get_docstring(node) or '', arguments, None, self.errors(node), self.code(node),
-                      fixed + [self.function_member(item, 'method') for item in methods])
+        methods = {}
+        for module, cls in lineage:
+            for item in module.methods(cls):
+                if not item.name.startswith('_'): methods.setdefault(item.name, module.function_member(item, 'method'))
+        chosen = [methods.pop(name) for name in METHODS if name in methods]
+        arguments = start[0][0].arguments(start[0][1].args)[1:] if start else self.fields(node)
+        raw = (ast.get_docstring(node, clean=False) or '') + self.added_doc(node.name)
+        doc, sections = split_sections(inspect.cleandoc(raw))
+        said = described(sections.pop('Parameters', ''))
+        for argument in arguments: argument.comment = argument.comment or said.get(argument.name, '')
+        return Member('class', node.name, doc, arguments, None, self.errors(node), self.code(node),
+                      fixed + chosen + list(methods.values()), sections)
 
     def fields(self, node):
         "A dataclass's fields, those it inherits first."
@@ -208,6 +257,15 @@ def fields(member, link):
     return '\n'.join(lines)
 
 
+def attribute_lines(member):
+    "(names in code type, what they hold) of a class's attributes, without those that are arguments and described as such."
+    arguments = {argument.name for argument in member.arguments}
+    for line in member.sections.get('Attributes', '').split('\n'):
+        names, _, text = line.partition(' : ')
+        left = [name.strip() for name in names.split(',') if name.strip() not in arguments]
+        if text and left: yield ', '.join(f'`{name}`' for name in left), text
+
+
 def entry(member, module, link, explained, owner=''):
     "One name as a directive of Sphinx's Python domain."
     call = member.kind not in ('data', 'attribute', 'property')
@@ -217,6 +275,9 @@ def entry(member, module, link, explained, owner=''):
     if member.kind == 'property' and member.returns.annotation: options.append(f':type: {member.returns.annotation}')
     if member.kind == 'attribute': options.append(f':value: {member.code}')
     parts = ['\n'.join(options), link(escape(member.doc)), fields(member, link)]
+    if attributes := list(attribute_lines(member)):
+        parts.append('**Attributes**\n\n' + '\n'.join(f'- {names}: {link(escape(text))}' for names, text in attributes))
+    if example := member.sections.get('Examples'): parts.append('**Example**\n\n' + fenced(example, 'python'))
     parts += [entry(inner, module, link, '', member.name) for inner in member.members]
     if not owner:
         parts += [f'{{.explained}}\n{explained}' if explained else '', source(member)]
@@ -236,5 +297,6 @@ def page(module, link, explained):
 
 def load(folder):
     "Every exported module that has public names, by name."
-    modules = [Module(path) for path in sorted(Path(folder).glob('[a-z]*.py'))]
-    return {module.name: module for module in modules if module.public}
+    found = {}
+    found |= {path.stem: Module(path, found) for path in sorted(Path(folder).glob('[a-z]*.py'))}
+    return {name: module for name, module in found.items() if module.public}

@@ -128,6 +128,60 @@ class Blending(Trigger):
         numbers = rows if self.per_sample else [0]
         return np.array([self.pattern(shape[1:], i) for i in numbers]).reshape(len(numbers), *shape[1:])
 
+# %% ../nbs/11_attacks.ipynb #d0c50004
+OnePixel.__doc__ += """
+
+    Parameters
+    ----------
+    norm : l2 norm of the pattern, in the units of the features, > 0
+
+    Attributes
+    ----------
+    clips : True, marked inputs stay in the range of the data
+
+    Examples
+    --------
+    >>> from rab_nb import OnePixel
+    >>> OnePixel(0.5).pattern((4,)).tolist()
+    [0.0, 0.5, 0.0, 0.0]"""
+
+# %% ../nbs/11_attacks.ipynb #d0c50024
+FourPixel.__doc__ += """
+
+    Parameters
+    ----------
+    norm : l2 norm of the pattern, in the units of the features, > 0
+
+    Attributes
+    ----------
+    clips : True, marked inputs stay in the range of the data
+
+    Examples
+    --------
+    >>> from rab_nb import FourPixel
+    >>> FourPixel(1.).pattern((1, 3, 3))[0].tolist()
+    [[0.0, 0.0, 0.5], [0.0, 0.5, 0.0], [0.5, 0.0, 0.5]]"""
+
+# %% ../nbs/11_attacks.ipynb #d0c50025
+Blending.__doc__ += """
+
+    Parameters
+    ----------
+    norm : l2 norm of the pattern, in the units of the features, > 0
+    seed : of the noise that is the pattern
+    per_sample : True gives every row a pattern of its own
+
+    Attributes
+    ----------
+    clips : False, marked inputs may leave the range of the data
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rab_nb import Blending
+    >>> round(float(np.linalg.norm(Blending(0.5, seed=1).pattern((1, 28, 28)))), 6)
+    0.5"""
+
 # %% ../nbs/11_attacks.ipynb #ef862d28
 TRIGGERS = {'one_pixel': OnePixel, 'four_pixel': FourPixel, 'blending': Blending}
 
@@ -196,6 +250,29 @@ class PoisonedTask(Task):
     def total_norm(self) -> float:
         "sqrt(sum_i ||pi_i||^2) of what was really added."
         return float(np.linalg.norm(self.actual_norms))
+
+# %% ../nbs/11_attacks.ipynb #d0c50006
+PoisonedTask.__doc__ += """
+
+    Attributes
+    ----------
+    clean, trigger, rate : the task before the attack, what was added, the share of rows asked for
+    rows, actual_norms : (r,) poisoned training rows, and the l2 norm of what each of them really got
+    nominal_norm : l2 norm of the pattern before clipping
+    total_norm : of all patterns together, as they are; what radii are compared with
+    nominal_total_norm : the same before clipping
+    source_class, target_class : label(s) whose rows were poisoned, and the label that they got
+    x_test_triggered, y_test_triggered, y_test_target : marked test inputs, their true and their wanted labels
+    x_train, y_train, x_test, y_test : arrays with the attack in the training part
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rab_nb import OnePixel, from_arrays, poison
+    >>> x, y = np.full((30, 4), .5, np.float32), np.arange(30) % 2
+    >>> attack = poison(from_arrays(x, y, x, y), OnePixel(0.25), rate=0.1)
+    >>> len(attack.rows), round(attack.total_norm, 3), set(attack.y_train[attack.rows].tolist())
+    (3, 0.433, {0})"""
 
 # %% ../nbs/11_attacks.ipynb #fc48985f
 def _stamp(task: Task, trig: Trigger, rows: np.ndarray) -> tuple: # (poisoned x_train, norms)

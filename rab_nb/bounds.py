@@ -149,17 +149,18 @@ def clopper_pearson(outputs, # (n_models, ...), votes 0 or 1
 @dataclass(frozen=True)
 class Bound:
     "A bound and what it has to know: all outputs in their order, two moments of them, or a number of votes."
-    name: str
+    name: str # what `certify` calls it
     from_outputs: Callable # (outputs (n_models, ...), alpha) -> lower and upper bound
     from_moments: Callable | None = None # (n_models, mean, mean square, alpha) -> the same
-    # (n_models, number of votes, alpha) -> the same, for a bound of votes alone
-    from_votes: Callable | None = None
+    from_votes: Callable | None = None # (n_models, votes, alpha) -> the same, for a bound of votes alone
     fewest: int = 1 # models without which it says nothing
 
     def __call__(self, outputs, alpha: float) -> tuple: return self.from_outputs(outputs, alpha)
 
     @property
-    def needs_outputs(self) -> bool: return self.from_moments is None and self.from_votes is None
+    def needs_outputs(self) -> bool:
+        "Whether it has to see all outputs in their order."
+        return self.from_moments is None and self.from_votes is None
 
 BOUNDS = {bound.name: bound for bound in (
     Bound('hoeffding', hoeffding, hoeffding_moments),

@@ -169,7 +169,7 @@ class Evidence:
     simultaneous: bool = True # valid for the class selected on the same outputs, against all its rivals
     familywise: bool = False # valid for all points together
     radius_arguments: dict = field(default_factory=dict) # d and n_poisoned, for uniform noise
-    label_noise: float = 0. # probability that a training label was replaced by another class
+    label_noise: float = 0. # probability that a training label was replaced
     test_sigma: float | None = None # of N(0, test_sigma^2), independent, on the test input; None: not covered
     n_train: int | None = None # rows of the training set, where they are known
 
@@ -181,16 +181,7 @@ class Certificate(Evidence):
 
     Made by `certify` and by the classifiers' `certify`, not by hand. Its attributes are (n_points,) arrays,
     and `labels`, `explain()`, `covers(n_poisoned, pattern_norm)`, `budget()`, `radius_with(n_relabelled)`,
-    `to_frame()`, `to_csv(path)` and `plot()` say what they mean.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from rab_nb import GaussianNoise, certify
-    >>> outputs = np.tile([[0.1, 0.9]], (300, 1, 1)) # 300 models, one point, two classes
-    >>> certificate = certify(outputs, GaussianNoise(0.25), bound='clopper_pearson', votes='hard')
-    >>> round(float(certificate.radius[0]), 3), bool(certificate.covers(28, 0.03)[0])
-    (0.49, True)"""
+    `to_frame()`, `to_csv(path)` and `plot()` say what they mean."""
     prediction: np.ndarray # (n_points,) int64, position of the class, or -1 for abstain; see `labels`
     radius: np.ndarray # (n_points,), 0 where abstaining
     p_a: np.ndarray # (n_points,), lower bound of the predicted class's probability
@@ -207,6 +198,29 @@ class Certificate(Evidence):
 
     def __len__(self):
         return len(self.prediction)
+
+# %% ../nbs/03_certificate.ipynb #d0c5000a
+Certificate.__doc__ += """
+
+    Attributes
+    ----------
+    labels : (n_points,) predicted labels, None where it abstains (NaN for labels that are floats)
+    radius : (n_points,) certified total norm, 0 where it abstains
+    p_a, p_b : (n_points,) lower bound of the predicted class's probability, upper bound of every other's
+    prediction : (n_points,) position of the class in `classes`, -1 where it abstains
+    classes : (n_classes,) the label of every position, or None
+    alpha : probability that the statement fails; 0 where probabilities were computed, not estimated
+    bound, votes, n_models : how the probabilities were bounded, and from how many models
+    noise, label_noise, test_sigma : noise on the training inputs, on the training labels, on the test input
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rab_nb import GaussianNoise, certify
+    >>> outputs = np.tile([[0.1, 0.9]], (300, 1, 1)) # 300 models, one point, two classes
+    >>> certificate = certify(outputs, GaussianNoise(0.25), bound='clopper_pearson', votes='hard')
+    >>> round(float(certificate.radius[0]), 3), bool(certificate.covers(28, 0.03)[0])
+    (0.49, True)"""
 
 # %% ../nbs/03_certificate.ipynb #c1a55e11
 @patch
@@ -391,8 +405,9 @@ def certify_statistics(stats: VoteStatistics, # of all models
                        simultaneous: bool = True, # False: the paper's columns
                        familywise: bool = False, # make all points' certificates hold together
                        classes=None, # (n_classes,) labels, as in `certify`
-                       label_noise: float = 0., test_sigma: float | None = None, # as in `certify`
-                       n_train: int | None = None, # as in `certify`
+                       label_noise: float = 0., # probability that a training label was replaced
+                       test_sigma: float | None = None, # of the test noise N(0, test_sigma^2)
+                       n_train: int | None = None, # rows of the training set, where they are known
                        **radius_arguments # d and n_poisoned, for uniform noise
                       ) -> Certificate:
     """`certify` for statistics that a run has kept; ValueError for a bound that needs every output in its
@@ -436,7 +451,7 @@ def certify(probabilities, # (n_models, n_points, n_classes), outputs of the smo
             bound: str = 'hoeffding', # or 'empirical_bernstein', 'betting', 'clopper_pearson'
             votes: str = 'soft', # average probabilities, or 'hard': count decisions
             classes=None, # (n_classes,) labels, in the order of the last axis; None: 0 .. n_classes - 1
-            label_noise: float = 0., # probability that a training label was replaced by another class
+            label_noise: float = 0., # probability that a training label was replaced
             test_sigma: float | None = None, # of Gaussian noise on the test input; None: not covered
             *,
             simultaneous: bool = True, # valid for the class selected on these outputs; False: the paper's

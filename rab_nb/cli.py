@@ -101,13 +101,21 @@ def _run(args) -> int:
                                path,
                        beside, until)
         complete &= _tell(runs, [b for p in [path, *beside] if p for b in store.read_blocks(p)])
-    if complete and args.table:
-        tables = ' '.join(map(str, args.table))
-        print(f'complete; `make tables PROFILE={args.profile} TABLES="{tables}"` draws it, then `rab-nb '
-              f'table N` prints it')
+    if complete and args.table and not args.statistics:
+        _say_how_to_read(args)
     if not complete:
         print('the time was up; what is finished is kept, and the same command goes on from here')
     return 0
+
+# %% ../nbs/internals/cli.ipynb #d0c50017
+def _say_how_to_read(args) -> None:
+    "The last lines of a finished `rab-nb run`."
+    from rab_nb.profiles import ROOT
+    number = args.table[0] if len(args.table) == 1 else 'N'
+    print(f'complete; `rab-nb table {number} --profile {args.profile}` prints it')
+    if (ROOT / 'Makefile').is_file() and not str(args.profile).endswith('.yaml'):
+        tables = ' '.join(map(str, args.table))
+        print(f'`make tables PROFILE={args.profile} TABLES="{tables}"` draws it')
 
 # %% ../nbs/internals/cli.ipynb #5a7e0031
 def _list(args) -> int:
@@ -174,20 +182,28 @@ def _remove(args) -> int:
 # %% ../nbs/internals/cli.ipynb #7ab1e002
 def _table(args) -> int:
     "rab-nb table"
-    from rab_nb.profiles import ROOT
+    from rab_nb.profiles import load_profile, results_folder
     wanted = [args.profile] if args.profile else ['paper', 'cpu', 'quick']
-    paths = [ROOT / 'results' / profile / f'table{args.number}.md' for profile in wanted]
+    names = [load_profile(name)['profile'] for name in wanted]
+    paths = [results_folder() / name / f'table{args.number}.md' for name in names]
     found = next((path for path in paths if path.with_suffix('.csv').is_file() and path.is_file()), None)
-    if found is None:
-        raise ValueError(f'table {args.number} is not drawn in any of {wanted}: run `make tables '
-                         f'TABLES={args.number}` in a clone')
-    print(found.read_text(encoding='utf-8').rstrip())
+    if found:
+        print(found.read_text(encoding='utf-8').rstrip())
+        return 0
+    from rab_nb.report import finished_page
+    page = next(filter(None, (finished_page(args.number, name) for name in wanted)), '')
+    if not page:
+        command = f'rab-nb run --table {args.number} --profile {wanted[-1]}'
+        raise ValueError(f'nothing of table {args.number} has been computed for {" or ".join(names)} in '
+                         f'{results_folder()}: `{command}` computes it')
+    print(page.rstrip())
     return 0
 
 def _add_table(commands) -> None:
-    parser = commands.add_parser('table', help='print a table that has been drawn')
+    parser = commands.add_parser('table', help='print a table that has been computed')
     parser.add_argument('number', type=int, choices=range(1, 10), metavar='N', help='1 to 9')
-    parser.add_argument('--profile', help='paper, cpu or quick; the first of them that has the table')
+    parser.add_argument('--profile', help='paper, cpu, quick or the path of a YAML file; default: the first '
+                                          'of the three that has the table')
     parser.set_defaults(command=_table)
 
 # %% ../nbs/internals/cli.ipynb #0b900411

@@ -12,9 +12,11 @@ import os
 import re
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,28 @@ class Task:
     def input_shape(self) -> tuple:
         "Shape of one input: (c, h, w) or (d,)."
         return self.x_train.shape[1:]
+
+# %% ../nbs/10_data.ipynb #d0c50008
+Task.__doc__ += """
+
+    Attributes
+    ----------
+    x_train, x_test : float32 inputs, (n, d) features or (n, channels, height, width) images; read-only
+    y_train, y_test : int64 positions in `classes`
+    classes : names of the classes; in a pair of the paper (target, source)
+    name, source : a short name, and one sentence on where the data come from and what was done to them
+    sha256 : of the data file(s), or of the arrays
+    value_range : lowest and highest value a feature can take, or None
+    stand_in_for : the data set of the paper that it replaces, or None
+    input_shape, n_classes : shape of one input, number of classes
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rab_nb import from_arrays
+    >>> task = from_arrays(np.eye(4), ['cat', 'dog', 'cat', 'dog'], np.eye(4)[:2], ['cat', 'dog'])
+    >>> task.classes, task.y_train.tolist(), task.input_shape
+    (('cat', 'dog'), [0, 1, 0, 1], (4,))"""
 
 # %% ../nbs/10_data.ipynb #83796fd7
 def digest(*arrays: np.ndarray # any numeric arrays
@@ -331,17 +355,31 @@ def _bytes_of(x: np.ndarray # pixels 0 .. 255, or divided by 255
     if x.dtype.kind != 'f': return x.astype(np.uint8)
     return np.rint(x * 255. if x.max(initial=0) <= 1 else x).astype(np.uint8)
 
+def _digits_of(a: np.ndarray, n: int # labels: numbers, text, or a column for each class; how many
+              ) -> np.ndarray | None: # (n,) uint8; None: these are no labels of n digits
+    if a.shape == (n, 10) and a.dtype.kind in 'biuf': return a.argmax(1).astype(np.uint8)
+    if a.size != n or a.dtype.kind not in 'biufUS': return None
+    try:
+        return a.reshape(n).astype(np.uint8)
+    except ValueError:
+        return None
+
 def _as_mnist(arrays: dict # name -> array of an npz file
              ) -> dict | None: # x_train, y_train, x_test, y_test as in mnist.npz; None: it is not MNIST
-    "Four arrays by their sizes, whatever they are called, if their pixels and labels are MNIST's."
-    raw = {}
-    for part, n in (('train', 60_000), ('test', 10_000)):
-        for k, size, shape in (('x', 784 * n, (n, 28, 28)), ('y', n, (n,))):
-            found = [a for a in arrays.values() if a.size == size and a.dtype.kind in 'biuf']
-            if len(found) != 1: return None
-            a = found[0].reshape(shape)
-            raw[f'{k}_{part}'] = _bytes_of(a) if k == 'x' else a.astype(np.uint8)
+    "Arrays by their sizes, whatever they are called, if their pixels and labels are MNIST's."
+    if whole := _only(arrays, 70_000):
+        parts = [a[rows] for rows in (slice(60_000), slice(60_000, None)) for a in whole]
+    else:
+        train, test = _only(arrays, 60_000), _only(arrays, 10_000)
+        if train is None or test is None: return None
+        parts = [*train, *test]
+    raw = dict(zip(_PARTS, parts))
     return raw if digest(*(raw[k] for k in _PARTS)) == _MNIST_DIGEST else None
+
+def _only(arrays: dict, n: int): # -> pixels and labels of n digits; None where there is not one array of each
+    x = [a for a in arrays.values() if a.size == 784 * n and a.dtype.kind in 'biuf']
+    y = [y for a in arrays.values() if (y := _digits_of(a, n)) is not None]
+    return (_bytes_of(x[0].reshape(n, 28, 28)), y[0]) if len(x) == len(y) == 1 else None
 
 # %% ../nbs/10_data.ipynb #8ff5d004
 _PARTS = ('x_train', 'y_train', 'x_test', 'y_test')
@@ -366,7 +404,8 @@ def _holds_60000(path) -> bool: # whether an npz file has the arrays of MNIST, b
             heads = [_header(z.open(info)) for info in z.infolist()[:64]]
     except Exception:
         return False
-    return {60_000, 10_000} <= {shape[0] for _, shape, *_ in heads if shape}
+    lengths = {shape[0] for _, shape, *_ in heads if shape}
+    return {60_000, 10_000} <= lengths or 70_000 in lengths
 
 # %% ../nbs/10_data.ipynb #386c456a
 _torchvision = [] # keeps the declared operators alive
@@ -387,8 +426,11 @@ def import_torchvision():
 
 # %% ../nbs/10_data.ipynb #55f45ade
 def _missing(name: str, root, why) -> ValueError: # to be raised
+    near = [str(p) for f in folders(root) for p in sorted(f.glob('*.npz')) if _holds_60000(p)]
+    hint = (f'; {near[0]} has the sizes of MNIST, but other pixels: keep them as 0 .. 255 or divided by 255, '
+            'in the order of the original' if near and name == 'MNIST' else '')
     return ValueError(f'{name}: not in {[str(f) for f in folders(root)]} and not downloaded ({why}); set '
-                      'RAB_DATA (or root=) to a folder that holds it')
+                      f'RAB_DATA (or root=) to a folder that holds it{hint}')
 
 def _from_torchvision(cls: str, subfolder: str, root, download: bool) -> tuple:
     "Arrays of torchvision's data set class `cls`, from a folder that has it or by download."
@@ -606,7 +648,8 @@ def read_image(path, # an image file
         raise ValueError(f'{path}: not a usable image: {e}') from e
 
 # %% ../nbs/10_data.ipynb #59c02fd3
-_IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
+_IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.jfif'}
+_OTHER_IMAGES = {'.heic', '.heif', '.avif', '.svg', '.jxl', '.jp2', '.psd', '.dng', '.cr2', '.nef', '.arw'}
 _LITTER = re.compile(r'[.@$~]|__|lost\+found$|System Volume Information$') # how such names start
 
 def _is_image(path: Path, folder: Path) -> bool: # what programs leave beside images is none
@@ -637,6 +680,11 @@ def _found_classes(folder: Path) -> tuple: # names of folders, or else prefixes 
 
 # %% ../nbs/10_data.ipynb #59c02fd5
 def _image_files(folder: Path, classes: tuple) -> tuple: # (paths, labels)
+    below = (p for c in classes for p in (folder/str(c)).rglob('*'))
+    for path in below:
+        if path.suffix.lower() in _OTHER_IMAGES:
+            raise ValueError(f'{path}: images of this kind are not read: convert them to png or jpg, or '
+                             'remove them')
     files = [[p for p in sorted((folder/str(c)).rglob('*')) if _is_image(p, folder)] for c in classes]
     if not any(files):
         files = [[p for p in _flat(folder) if _prefix(p) == str(c)] for c in classes]
@@ -681,12 +729,15 @@ def from_folder(folder, # a folder of images per class, or files cat.0.jpg ...; 
     """A `Task` from image files.
 
     ValueError where it is not clear which images belong to which class, and for files that are no images."""
-    folder = Path(folder)
+    if not str(folder or ''): raise ValueError(f'folder must be a path to images, got {folder!r}')
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder of images' + (
             '; it is a file: unpack it first' if folder.is_file() else ''))
-    if isinstance(size, bool) or size != int(size) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, (int, float, np.number)) or size % 1 or size < 1:
         raise ValueError(f'size must be a whole number of pixels >= 1, got {size!r}')
+    if isinstance(classes, str):
+        raise ValueError(f'classes must be names, such as ({classes!r}, "other"), got {classes!r}')
     train, test = (None, None) if classes and (folder/str(classes[0])).is_dir() else _split_folders(folder)
     classes = _classes_of(train or folder, test) if classes is None else tuple(classes)
     if train:
@@ -701,6 +752,10 @@ def from_folder(folder, # a folder of images per class, or files cat.0.jpg ...; 
 # %% ../nbs/10_data.ipynb #35c08e51
 def _classes_of(top: Path, test) -> tuple: # folder of (training) images; folder of test images or None
     found = _found_classes(top)
+    alike = [c for c in found if sum(c.lower() == other.lower() for other in found) > 1]
+    if alike:
+        raise ValueError(f'{top}: the classes {alike} differ in capitals only: rename one, or pass '
+                         'classes=(...)')
     if not found: raise ValueError(f'{top}: neither folders of images nor images called class.number')
     if len(found) == 1:
         deeper = (top/found[0]).is_dir()
@@ -724,31 +779,62 @@ _FILES = ('.npz', '.csv', '.tsv', '.parquet') # what `from_file` reads, in small
 
 def _read_table(path: Path): # csv -> data frame
     import pandas as pd
-    start = path.read_bytes()[:2]
+    with path.open('rb') as file:
+        start = file.read(2)
     encoding = 'utf-16' if start in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
     with path.open(encoding=encoding) as file:
         first = file.readline()
-    separator = max(',;\t', key=first.count)
-    read = lambda **options: pd.read_csv(path, sep=separator, encoding=encoding, **options)
-    frame = read()
-    decimal = re.compile(r'\s*[-+]?\d+,\d+([eE][-+]?\d+)?\s*').fullmatch
-    commas = [c for c in frame if frame[c].dtype.kind not in 'biuf' and
-              any(isinstance(v, str) and decimal(v) for v in frame[c])]
-    return read(decimal=',') if commas and separator != ',' else frame
+        said = re.fullmatch(r'"?sep=(.)"?\s*', first) # a spreadsheet's own first line
+        separator = said[1] if said else max(',;\t', key=first.count)
+    read = partial(pd.read_csv, path, sep=separator, encoding=encoding, index_col=False,
+                   skiprows=int(bool(said)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', pd.errors.ParserWarning) # rows with more cells than the header
+        frame = read()
+        decimal = re.compile(r'\s*[-+]?\d+,\d+([eE][-+]?\d+)?\s*').fullmatch
+        commas = [c for c in frame if frame[c].dtype.kind not in 'biuf' and
+                  any(isinstance(v, str) and decimal(v) for v in frame[c])]
+        return _without_margins(read(decimal=',') if commas and separator != ',' else frame)
+
+def _without_margins(frame): # rows and nameless columns that are empty from end to end
+    empty = [c for c in frame if str(c).startswith('Unnamed') and frame[c].isna().all()]
+    kept = frame.drop(columns=empty).dropna(how='all')
+    if len(kept) == len(frame): return kept
+    whole = [c for c in kept if kept[c].dtype.kind == 'f' and (kept[c] % 1 == 0).all()]
+    return kept.astype({c: 'int64' for c in whole}) # the empty rows had made them floats
+
+# %% ../nbs/10_data.ipynb #d0c5002a
+def _numbers(path: Path, frame) -> np.ndarray: # (n, d); or ValueError with the place of what is no number
+    import pandas as pd
+    for name, column in frame.items():
+        try:
+            bad = ~np.isfinite(pd.to_numeric(column, errors='coerce').to_numpy(float, na_value=np.nan))
+        except (TypeError, ValueError): # objects of other kinds: `to_array` names them
+            continue
+        if not bad.any(): continue
+        i, value = int(bad.argmax()), column.iloc[bad.argmax()]
+        value = value.item() if isinstance(value, np.generic) else value
+        what = 'is empty' if pd.isna(value) else f'holds {value!r}'
+        raise ValueError(f'{path}: column {name!r} {what} in row {i}, a finite number is needed: write one '
+                         'there, encode the column (pandas.get_dummies), or delete the row or the column')
+    return to_array(frame, f'{path}: x')
 
 def _table_arrays(path: Path, frame) -> dict: # x and y of a data frame
     names = {str(c).strip().lower(): c for c in frame}
     if 'label' not in names:
-        raise ValueError(f"{path}: no column 'label' with the classes; it has {list(frame)}")
+        raise ValueError(f"{path}: no column 'label' with the classes; it has {list(frame)}: rename the one "
+                         "that holds them, or write a first line with names")
     label = frame[names['label']]
     if label.isna().any():
         raise ValueError(f'{path}: {label.isna().sum()} rows have no label, the first is row '
-                         f'{int(label.isna().argmax())}: drop them or name a class for them')
+                         f'{int(label.isna().argmax())} (an empty cell, or NA, None, nan): drop them or name '
+                         'a class for them')
     index = next((c for c in names if c.startswith('unnamed') and c != 'label'), None)
     if index:
         raise ValueError(f'{path}: column {names[index]!r} has no name, as the index of a data frame has; '
                          'delete it, or write the file with index=False')
-    return dict(x=frame.drop(columns=names['label']), y=label.to_numpy())
+    if not len(frame): raise ValueError(f'{path}: no rows below the names {list(frame)}')
+    return dict(x=_numbers(path, frame.drop(columns=names['label'])), y=label.to_numpy())
 
 # %% ../nbs/10_data.ipynb #da7a0008
 def _file_arrays(path: Path) -> dict: # x and y, or x_train, y_train, x_test and y_test
@@ -758,9 +844,14 @@ def _file_arrays(path: Path) -> dict: # x and y, or x_train, y_train, x_test and
     import pandas as pd
     try:
         frame = pd.read_parquet(path) if path.suffix.lower() == '.parquet' else _read_table(path)
+    except UnicodeError as e:
+        raise ValueError(f'{path}: no text in UTF-8 ({e}): save it again as "CSV UTF-8"') from e
+    except pd.errors.ParserWarning as e:
+        raise ValueError(f'{path}: some rows have more cells than the first line: put cells that hold a '
+                         'separator into quotes, or name the columns') from e
     except (OSError, ValueError, ImportError) as e:
         raise ValueError(f'{path}: not a usable table: {e}') from e
-    return {k: to_array(v, f'{path}: {k}') if k == 'x' else v for k, v in _table_arrays(path, frame).items()}
+    return _table_arrays(path, frame)
 
 # %% ../nbs/10_data.ipynb #da7a0006
 def _check_lengths(path, raw: dict): # arrays of a file
@@ -780,7 +871,8 @@ def from_file(path, # .npz, .csv, .tsv or .parquet
              ) -> Task:
     """A `Task` from one file of your own; ValueError for a file without inputs or labels, and for unknown
     classes."""
-    path = Path(path)
+    if not isinstance(path, (str, os.PathLike)): raise ValueError(f'path must name a file, got {path!r}')
+    path = Path(path).expanduser()
     if path.suffix.lower() not in _FILES: raise ValueError(f'{path}: must end in one of {_FILES}')
     raw = _file_arrays(path)
     _check_lengths(path, raw)
@@ -788,7 +880,8 @@ def from_file(path, # .npz, .csv, .tsv or .parquet
         raw = _parts(raw['x'], raw['y'], random_state)
     if lost := {*_PARTS} - set(raw):
         raise ValueError(f'{path}: lacks {sorted(lost)}; it needs x and y, or x and y of train and test; '
-                         f'it has {sorted(raw)}')
+                         f'it has {sorted(raw)}: save it again with these names, '
+                         'np.savez(path, x=..., y=...)')
     classes, parts = _chosen(path.name, classes, _sorted_classes(raw['y_train'], raw['y_train'])), []
     for part in ('train', 'test'):
         rows = np.isin(raw[f'y_{part}'], classes)
@@ -850,6 +943,8 @@ def load(name: str, # one of `names()`, or the path of a file (see `from_file`) 
         ) -> Task:
     "A data set of the paper or a bundled stand-in."
     if name not in DATASETS:
+        if not isinstance(name, (str, os.PathLike)):
+            raise ValueError(f'name must be one of {names()}, or a path, got {name!r}')
         path = Path(name)
         if path.is_dir(): return from_folder(path, classes, 224 if size is None else size, random_state)
         if path.suffix.lower() in _FILES and size is None: return from_file(path, classes, random_state)

@@ -38,10 +38,7 @@ _VOTERS = dict(partitions='models of disjoint partitions', bags='models of rando
 # %% ../nbs/25_defences.ipynb #25de0001
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RowCertificate:
-    """Predictions, and the number of training rows that may be poisoned without having altered them.
-
-    `len`, `==` and indexing by points work as for `rab_nb.certificate.Certificate`. ValueError for arrays of
-    different lengths, negative radii, and predictions that are no positions."""
+    "Predictions, and the number of training rows that may be poisoned without having altered them."
     prediction: np.ndarray # (n_points,) int64, position of the class, or -1 for abstain; see `labels`
     radius: np.ndarray # (n_points,) int64, number of rows of the kinds that cost 1, 0 where abstaining
     classes: np.ndarray # (n_classes,) label of each position
@@ -60,16 +57,22 @@ class RowCertificate:
         "The certificate of some points."
         return _take(self, points)
     labels = property(lambda self: _labels(self), doc='(n_points,), None where abstaining, or NaN for floats')
-    def covers(self, n_rows, kind=None):
+    def covers(self, n_rows, # numbers of poisoned rows, any shape
+               kind=None # what the attacker did to them, one of `KINDS`; None: kinds that cost 1
+              ): # booleans, n_rows.shape + (n_points,)
         "Points that tolerate so many poisoned rows of one of the `KINDS`; None: of those that cost 1."
         return _covers(self, n_rows, kind)
-    def explain(self, point=None):
+    def explain(self, point=None # index of one point, or several; None: the statement alone
+               ): # text
         "What is certified, in words."
         return _explain(self, point)
-    def to_frame(self, index=None):
+    def to_frame(self, index=None # of the frame, such as that of the data frame that was certified
+                ): # pandas DataFrame
         "One row per point, as a pandas DataFrame."
         return _to_frame(self, index)
-    def plot(self, y=None, ax=None):
+    def plot(self, y=None, # (n_points,) true labels; None: count what is certified, right or not
+             ax=None # matplotlib axes; None: the current ones
+            ): # the axes
         "Share of points certified, or right and certified where labels `y` are given, by number of rows."
         return _plot_rows(self, y, ax)
 
@@ -345,12 +348,14 @@ def _cast(scores): return scores.max(2) > -np.inf # (n, M) whether the model vot
 
 class _Answers(ClassifierMixin, BaseEstimator):
     "Shares of the votes, and their winner."
-    def predict_proba(self, X) -> np.ndarray: # (n, C)
+    def predict_proba(self, X # (n, ...) inputs
+                     ) -> np.ndarray: # (n, C)
         "Shares of the votes."
         votes = self.votes(X)
         return votes / votes.sum(1, keepdims=True)
 
-    def predict(self, X) -> np.ndarray: # (n,) labels
+    def predict(self, X # (n, ...) inputs
+               ) -> np.ndarray: # (n,) labels
         "The class with most votes, the first of those that are tied."
         best = self.votes(X).argmax(1)
         return self.classes_[best]
@@ -358,7 +363,9 @@ class _Answers(ClassifierMixin, BaseEstimator):
 # %% ../nbs/25_defences.ipynb #25d00039
 class _Voting(_Answers):
     "Fit models to the rows that `_share_out` gives them, and count their votes."
-    def fit(self, X, y=None): # (n, ...) inputs, (n,) labels
+    def fit(self, X, # (n, ...) inputs
+            y=None # (n,) labels of any sortable type
+           ): # the fitted classifier
         "Train the models; ValueError for settings and data that cannot work."
         x = check_rows(self, X)
         self.classes_, y = check_labels(y, len(x), least=1)
@@ -368,7 +375,8 @@ class _Voting(_Answers):
         self.n_train_ = len(x)
         return self
 
-    def votes(self, X) -> np.ndarray: # (n, C) int64
+    def votes(self, X # (n, ...) inputs
+             ) -> np.ndarray: # (n, C) int64
         "Number of models that answer each class."
         check_is_fitted(self, 'models_')
         return _votes(self, check_rows(self, X, fitted=True))
@@ -383,8 +391,10 @@ def _digests(x, seed, by): # (n, d) -> (n, 2) uint64, a keyed hash of every row
     text = b''.join(hashlib.blake2b(part, digest_size=16, key=key).digest() for part in parts)
     return np.frombuffer(text, '<u8').reshape(-1, 2)
 
-def assign_rows(x: np.ndarray, y: np.ndarray, # (n, d) finite inputs, (n,) class positions
-                n_partitions: int, random_state: int, # number of partitions, seed of the key
+def assign_rows(x: np.ndarray, # (n, d) finite inputs
+                y: np.ndarray, # (n,) class positions
+                n_partitions: int, # number of partitions
+                random_state: int, # seed of the key
                 assign_by: str # 'position' or 'content'
                ) -> tuple: # row numbers, partition by partition, and (n_partitions + 1,) where each starts
     "The rows of every partition; by content, their order follows from the hash and the label too."
@@ -411,7 +421,9 @@ def _duels(scores, finalists, first_model=0): # (n, M, C) of a block, (n, 2), it
     return out
 
 # %% ../nbs/25_defences.ipynb #25d00038
-def run_off_radius(first, finalists, duels # (n, C) votes of the first round, (n, 2), (n, 2, C) of the duels
+def run_off_radius(first, # (n, C) votes of the first round
+                   finalists, # (n, 2) positions of the two that go on
+                   duels # (n, 2, C) models that rank each finalist above each class
                   ) -> tuple: # (n,) positions of the winners, (n,) models that may change
     "Winners of a run-off, the first of tied classes, and their radius in models (Rezaei et al. 2023)."
     at, classes, cast = np.arange(len(first)), np.arange(first.shape[1]), first.sum(1)
@@ -442,9 +454,10 @@ class _Partitions(_Voting):
                  election: str = 'majority', # or 'run-off', for more than two classes
                  random_state: int = 0, # seed of the hash and of all models
                  n_jobs: int = None, # worker processes; None: as many as pay, -1: one per core
-                 *,
-                 epochs: int = 20, batch_size: int = 32, lr: float = 1e-3, # of torch modules, by Adam
-                 device: str = 'auto' # of torch modules
+                 *, epochs: int = 20, # passes over its rows, for torch modules
+                 batch_size: int = 32, # rows of a step of Adam, for torch modules
+                 lr: float = 1e-3, # step size of Adam, for torch modules
+                 device: str = 'auto' # where torch modules are trained: 'auto', 'cpu', 'cuda' ...
                 ):
         self.estimator, self.n_partitions, self.assign_by = estimator, n_partitions, assign_by
         self.election, self.random_state, self.n_jobs = election, random_state, n_jobs
@@ -481,12 +494,14 @@ class PartitionClassifier(_Partitions):
         self.assign_by_, self.election_ = self.assign_by, self.election
         return self.rows_, self.starts_
 
-    def predict(self, X) -> np.ndarray: # (n,) labels
+    def predict(self, X # (n, ...) inputs
+               ) -> np.ndarray: # (n,) labels
         "The winner of the election; the first of tied classes."
         winner, _ = _elect(self, X)
         return self.classes_[winner]
 
-    def certify(self, X) -> RowCertificate:
+    def certify(self, X # (n, ...) inputs
+               ) -> RowCertificate: # of the n inputs
         "Certificates at X, in rows: without chance, for an attacker who knows everything."
         winner, radius = _elect(self, X)
         cost = dict(changed=1, relabelled=1)
@@ -495,9 +510,43 @@ class PartitionClassifier(_Partitions):
         return RowCertificate(prediction=winner, radius=radius, classes=self.classes_, voters='partitions',
                               cost=cost, n_voters=len(self.models_), n_train=self.n_train_)
 
+# %% ../nbs/25_defences.ipynb #d0c5000c
+PartitionClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    estimator : a scikit-learn classifier, a torch module, or a function that makes one
+    n_partitions : number of parts and models, at most the number of rows
+    assign_by : 'position' or 'content', what a row's part is a hash of
+    election : 'majority', or 'run-off' for more than two classes
+    random_state : seed of the draws and of all models
+    n_jobs : worker processes; None: as many as pay, -1: one per core
+    epochs : passes over its rows, for torch modules
+    batch_size : rows of a step of Adam, for torch modules
+    lr : step size of Adam, for torch modules
+    device : where torch modules are trained: 'auto', 'cpu', 'cuda' ...
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in their order
+    n_train_ : number of training rows
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    models_ : the model of every part
+
+    Examples
+    --------
+    >>> from sklearn.neighbors import NearestCentroid
+    >>> from rab_nb.defences import PartitionClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> certificate = PartitionClassifier(NearestCentroid(), 9).fit(X, y).certify([[4., 4.]])
+    >>> certificate.labels.tolist(), certificate.radius.tolist()
+    ([1], [4])"""
+
 # %% ../nbs/25_defences.ipynb #25d00041
-def bag_radius(p_a, p_b, # (n_points,), lower bound of the winner's probability and upper bound of its rivals'
-               n_train: int, bag_size: int # rows of the training set, rows drawn for each model
+def bag_radius(p_a, # (n_points,) lower bound of the winner's probability
+               p_b, # (n_points,) upper bound of every rival's
+               n_train: int, # rows of the training set
+               bag_size: int # rows drawn for each model
               ) -> np.ndarray: # (n_points,) int64, 0 where p_a <= p_b
     """Rows that may be changed, inserted or deleted, in any mixture, without changing the vote over all bags.
 
@@ -519,12 +568,13 @@ class BaggedClassifier(_Voting):
     cannot work."""
     def __init__(self, estimator, # a scikit-learn classifier, a torch module, or a function that makes one
                  bag_size: int = 30, # rows drawn with replacement for each model
-                 n_estimators: int = 1000, # N
+                 n_estimators: int = 1000, # number of bags and models, N
                  random_state: int = 0, # seed of the bags and of all models; keep it secret where it matters
                  n_jobs: int = None, # worker processes; None: as many as pay, -1: one per core
-                 *,
-                 epochs: int = 20, batch_size: int = 32, lr: float = 1e-3, # of torch modules, by Adam
-                 device: str = 'auto' # of torch modules
+                 *, epochs: int = 20, # passes over its bag, for torch modules
+                 batch_size: int = 32, # rows of a step of Adam, for torch modules
+                 lr: float = 1e-3, # step size of Adam, for torch modules
+                 device: str = 'auto' # where torch modules are trained: 'auto', 'cpu', 'cuda' ...
                 ):
         self.estimator, self.bag_size, self.n_estimators = estimator, bag_size, n_estimators
         self.random_state, self.n_jobs = random_state, n_jobs
@@ -536,8 +586,9 @@ class BaggedClassifier(_Voting):
         rows = [rng(self.random_state, 'bag', k).integers(len(x), size=size) for k in range(models)]
         return np.concatenate(rows), np.arange(models + 1) * size
 
-    def certify(self, X, alpha: float = .001 # probability that the statement about one point fails
-               ) -> RowCertificate:
+    def certify(self, X, # (n, ...) inputs
+                alpha: float = .001 # probability that the statement about one point fails
+               ) -> RowCertificate: # of the n inputs
         "Certificates at X, in rows, of the vote over all bags."
         votes = self.votes(X)
         level, n = side_level(alpha, max(votes.shape[1], 2)), len(self.models_)
@@ -549,11 +600,45 @@ class BaggedClassifier(_Voting):
                               radius=bag_radius(p_a, p_b, self.n_train_, self.bag_size_), alpha=float(alpha),
                               cost={k: 1 for k in KINDS}, n_voters=n, n_train=self.n_train_)
 
+# %% ../nbs/25_defences.ipynb #d0c5000e
+BaggedClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    estimator : a scikit-learn classifier, a torch module, or a function that makes one
+    bag_size : rows drawn with replacement for each model
+    n_estimators : number of bags and models, N
+    random_state : seed of the draws and of all models
+    n_jobs : worker processes; None: as many as pay, -1: one per core
+    epochs : passes over its rows, for torch modules
+    batch_size : rows of a step of Adam, for torch modules
+    lr : step size of Adam, for torch modules
+    device : where torch modules are trained: 'auto', 'cpu', 'cuda' ...
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in their order
+    n_train_ : number of training rows
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    models_ : the model of every bag
+
+    Examples
+    --------
+    >>> from sklearn.neighbors import NearestCentroid
+    >>> from rab_nb.defences import BaggedClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> bags = BaggedClassifier(NearestCentroid(), bag_size=5, n_estimators=200).fit(X, y)
+    >>> certificate = bags.certify([[4., 4.]])
+    >>> certificate.labels.tolist(), certificate.radius.tolist()
+    ([1], [9])"""
+
 # %% ../nbs/25_defences.ipynb #25d00048
 def _pair(a, b): return ((a - b) ** 2).sum(-1) # squared distances, each from its own rows alone
 
-def _nearest_rows(points: np.ndarray, x: np.ndarray, k: int # (m, d), (n, d) float64; neighbours, <= n
-                 ): # yields (first, (b, n) booleans) of blocks of points
+def _nearest_rows(points: np.ndarray, # (m, d) float64
+                 x: np.ndarray, # (n, d) float64 training rows
+                 k: int # neighbours, at most n
+                ): # yields (first, (b, n) booleans) of blocks of points
     "Which training rows are the k nearest; of equally distant ones those with the lower numbers."
     own = (x * x).sum(1)
     if not np.isfinite(own).all(): raise ValueError('squared distances overflow: rescale the features')
@@ -581,7 +666,9 @@ class PlainKNNClassifier(_Answers):
                 ):
         self.n_neighbors = n_neighbors
 
-    def fit(self, X, y=None): # (n, ...) inputs, (n,) labels
+    def fit(self, X, # (n, ...) inputs
+            y=None # (n,) labels of any sortable type
+           ): # the fitted classifier
         "Keep the training set."
         x = check_rows(self, X, np.float64)
         self.classes_, y = check_labels(y, len(x), least=1)
@@ -591,7 +678,8 @@ class PlainKNNClassifier(_Answers):
         self.n_train_, self.n_neighbors_, self._x, self._y = len(x), k, x.reshape(len(x), -1), y
         return self
 
-    def votes(self, X) -> np.ndarray: # (n, C) int64
+    def votes(self, X # (n, ...) inputs
+             ) -> np.ndarray: # (n, C) int64
         "Number of neighbours of each class."
         check_is_fitted(self, 'n_train_')
         x = check_rows(self, X, np.float64, fitted=True)
@@ -599,14 +687,60 @@ class PlainKNNClassifier(_Answers):
         blocks = _nearest_rows(x.reshape(len(x), -1), self._x, self.n_neighbors_)
         return np.concatenate([near @ member for _, near in blocks]).astype(np.int64)
 
-    def certify(self, X) -> RowCertificate:
+    def certify(self, X # (n, ...) inputs
+               ) -> RowCertificate: # of the n inputs
         "Certificates at X, in rows: without chance, for an attacker who knows everything."
         winner, radius = vote_radius(self.votes(X))
         return RowCertificate(prediction=winner, radius=radius, classes=self.classes_, voters='neighbours',
                               cost={k: 1 for k in KINDS}, n_voters=self.n_neighbors_, n_train=self.n_train_)
 
+# %% ../nbs/25_defences.ipynb #d0c50010
+PlainKNNClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    n_neighbors : K, at most the number of rows; a radius is at most K / 2
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in their order
+    n_train_ : number of training rows
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    n_neighbors_ : the K of the fit
+
+    Examples
+    --------
+    >>> from rab_nb.defences import PlainKNNClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> PlainKNNClassifier(9).fit(X, y).certify([[4., 4.]]).radius.tolist()
+    [4]"""
+
+# %% ../nbs/25_defences.ipynb #d0c50029
+RowCertificate.__doc__ += """
+
+    `len`, `==` and indexing by points work as for `rab_nb.certificate.Certificate`. ValueError for arrays of
+    different lengths, negative radii, and predictions that are no positions.
+
+    Attributes
+    ----------
+    labels : (n_points,) predicted labels, None where it abstains (NaN for labels that are floats)
+    radius : (n_points,) poisoned rows that cannot have altered the prediction
+    prediction : (n_points,) position of the class in `classes`, -1 where it abstains
+    voters, n_voters, n_train : what votes, how many they are, number of training rows
+    cost : what one poisoned row of each kind takes from the radius
+    alpha : probability that the statement fails; 0 where nothing was drawn
+
+    Examples
+    --------
+    >>> from rab_nb.defences import PlainKNNClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> certificate = PlainKNNClassifier(9).fit(X, y).certify([[4., 4.], [0., 1.]])
+    >>> certificate.covers(2, 'relabelled').tolist(), certificate.labels.tolist()
+    ([True, True], [1, 0])"""
+
 # %% ../nbs/25_defences.ipynb #25d0004f
-def data_scale(x: np.ndarray, y: np.ndarray # (n, d), (n,) class positions
+def data_scale(x: np.ndarray, # (n, d) inputs
+               y: np.ndarray # (n,) class positions
               ) -> float: # in the units of the features, > 0
     "Median distance between the means of two classes."
     means = np.array([x[y == c].mean(0) for c in np.unique(y)])
@@ -614,10 +748,12 @@ def data_scale(x: np.ndarray, y: np.ndarray # (n, d), (n,) class positions
     gaps = np.linalg.norm(means[pairs[0]] - means[pairs[1]], axis=1)
     return float(np.median(gaps)) or 1.
 
-def default_candidates(X, y, # (n, ...) inputs, (n,) labels
+def default_candidates(X, # (n, ...) training inputs
+                       y, # (n,) labels
                        estimator=None, # base learner of partitions, bags and RAB; None: NearestCentroid()
                        n_models: int = 1000, # N of bags and of RAB
-                       random_state: int = 0, n_jobs: int = None # of all of them
+                       random_state: int = 0, # seed of every classifier
+                       n_jobs: int = None # worker processes of every classifier; None: as many as pay
                       ) -> dict: # name of a defence -> unfitted classifiers
     "Settings of four defences that suit the size and the scale of a data set."
     x, (classes, y) = np.asarray(X, dtype=float).reshape(len(X), -1), np.unique(y, return_inverse=True)
@@ -640,7 +776,8 @@ def default_candidates(X, y, # (n, ...) inputs, (n,) labels
 # %% ../nbs/25_defences.ipynb #25d00050
 def certified_shares(certificate, # a Certificate or a RowCertificate
                      right: np.ndarray, # (n_points,) booleans, whether the prediction is right
-                     rows: np.ndarray, norms: np.ndarray # (R,) poisoned rows, (M,) l2 norm of each pattern
+                     rows: np.ndarray, # (R,) numbers of poisoned rows
+                     norms: np.ndarray # (M,) l2 norms of the pattern in each of them
                     ) -> np.ndarray: # (2, R, M), labels of the poisoned rows untouched, or changed too
     "Share of points that are right and certified against each attack."
     rows, norms = np.asarray(rows), np.asarray(norms, dtype=float)
@@ -670,13 +807,20 @@ class Comparison:
 
     def __repr__(self):
         return f'Comparison({", ".join(self.candidates)}; {len(self.rows)} x {len(self.norms)} attacks)'
-    def chosen(self, defence, n_rows, norm, relabelled=False):
+    def chosen(self, defence, # its name in `candidates`
+               n_rows, # poisoned rows
+               norm, # l2 norm of the pattern in each of them
+               relabelled=False # whether their labels were changed too
+              ): # an unfitted classifier
         "The setting chosen for the attack of the grid that is nearest."
         return _chosen(self, defence, n_rows, norm, relabelled)
-    def to_frame(self):
+    def to_frame(self): # pandas DataFrame
         "One row per defence and attack, as a pandas DataFrame."
         return _comparison_frame(self)
-    def plot(self, attacks=(), least=.01, axes=None):
+    def plot(self, attacks=(), # pairs (rows, norm) to mark
+             least=.01, # the share of points from which a defence counts
+             axes=None # two matplotlib axes; None: new ones
+            ): # the axes
         "The map: who certifies most; `attacks`: (rows, norm) to mark, `least`: the share that counts."
         return _plot_map(self, attacks, least, axes)
 
@@ -689,7 +833,8 @@ def _chosen(c, defence, n_rows, norm, relabelled):
     check_choice('defence', defence, c.candidates)
     return c.candidates[defence][c.choice[defence][(int(relabelled), *_at(c, n_rows, norm))]]
 
-def setting_of(candidate) -> str: # e.g. 'n_partitions=50'
+def setting_of(candidate # an unfitted classifier
+              ) -> str: # e.g. 'n_partitions=50'
     "The arguments that tell the settings of one defence apart."
     names = 'n_partitions', 'bag_size', 'n_neighbors', 'noise', 'sigma', 'label_noise'
     settings = candidate.get_params(deep=False)
@@ -788,15 +933,18 @@ def _attack_grid(rows, norms, n, scale): # checked, increasing
     return rows, norms
 
 # %% ../nbs/25_defences.ipynb #25d00057
-def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
-                     X_test=None, y_test=None, # points to score; None: a fifth of X is set aside
-                     *,
-                     n_rows=None, # (R,) numbers of poisoned rows; None: 1 to n
+def compare_defences(X, # (n, ...) training inputs
+                     y, # (n,) labels
+                     X_test=None, # (m, ...) points to score; None: a fifth of X is set aside
+                     y_test=None, # (m,) their labels; None with X_test
+                     *, n_rows=None, # (R,) numbers of poisoned rows; None: 1 to n
                      norms=None, # (M,) l2 norms of each pattern; None: by the distance of the classes
                      candidates: dict = None, # name -> unfitted classifiers; None: `default_candidates`
-                     estimator=None, n_models: int = 1000, # of `default_candidates`
+                     estimator=None, # base learner of `default_candidates`
+                     n_models: int = 1000, # N of `default_candidates`
                      max_points: int = 500, # test points, and held-out rows, at most so many each
-                     random_state: int = 0, n_jobs: int = None
+                     random_state: int = 0, # seed of the split into held-out rows, and of every classifier
+                     n_jobs: int = None # worker processes of `default_candidates`; None: as many as pay
                     ) -> Comparison:
     """Certified accuracy of several certified defences over attacks of so many rows and such norms.
 
@@ -818,6 +966,12 @@ def compare_defences(X, y, # (n, ...) training inputs and (n,) labels
     if candidates is None:
         candidates = default_candidates(x, y, estimator, n_models, random_state, n_jobs)
     _check_candidates(candidates)
+    return _compared(candidates, (x, y, at), (points, truth), (rows, norms), max_points, random_state)
+
+# %% ../nbs/25_defences.ipynb #d0c50027
+def _compared(candidates, train, test, grid, max_points, random_state) -> Comparison: # of checked arguments
+    "Choose the settings on held-out rows, score them on the test points."
+    (x, y, at), (points, truth), (rows, norms) = train, test, grid
     inner, held = _split(len(x), at, .2, random_state, 'compare-held-out')
     some = lambda rows, purpose: rows[np.sort(rng(random_state, purpose).permutation(len(rows))[:max_points])]
     held, test = some(held, 'compare-choice'), some(np.arange(len(points)), 'compare-points')

@@ -433,6 +433,29 @@ class DPSGD:
             check_samples(stack, x, y, loss, self.engine)
         _ENGINES[self.engine](self, stack, x, y, loss, generators, batch_size, models, step)
 
+# %% ../nbs/21_dp.ipynb #d0c50014
+DPSGD.__doc__ += """
+
+    Parameters
+    ----------
+    max_grad_norm : C, the norm to which the gradient of each sample is clipped, > 0
+    noise_multiplier : standard deviation of the noise in units of C, >= 0
+    engine : 'ghost', or 'opacus', the reference implementation for stacks of one model
+
+    Attributes
+    ----------
+    folded : whether the engine takes a folded stack
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from rab_nb import DPSGD, GaussianNoise, RABClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> dp = DPSGD(max_grad_norm=5., noise_multiplier=1.)
+    >>> clf = RABClassifier(lambda: nn.Sequential(nn.Linear(2, 2)), GaussianNoise(1.), 20, dp=dp)
+    >>> clf.set_params(epochs=5, batch_size=20, lr=.1).fit(X, y).predict([[4., 4.]]).tolist()
+    [1]"""
+
 # %% ../nbs/21_dp.ipynb #735af44e
 def _gaussian_log_delta(epsilon: float, # >= 0
                         mu: float # shift of a unit normal variable, > 0

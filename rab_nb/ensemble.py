@@ -39,7 +39,8 @@ def _some_rows(y: np.ndarray, most: int = 64 # (n,) class numbers, how many rows
 # %% ../nbs/20_ensemble.ipynb #38f89f20
 _ENOUGH = 5 # models that answer before there is a warning
 
-def warn_one_class(classes: np.ndarray, n: int # (C,) the user's labels, models wanted
+def warn_one_class(classes: np.ndarray, # (C,) the user's labels
+                   n: int # models wanted
                   ): # function of the finished groups, to be called after each
     "Warns once where nearly all answers of a model at the training rows are one class."
     def look(done):
@@ -63,7 +64,8 @@ def warn_one_class(classes: np.ndarray, n: int # (C,) the user's labels, models 
 
 # %% ../nbs/20_ensemble.ipynb #ba2ed06d
 def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
-                  *settings, **options # of `certify`
+                  *settings, # positional arguments of `certify` after the outputs
+                  **options # keyword arguments of `certify`
                  ): # Certificate
     "`certify`, whatever the models without an answer may stand for; a UserWarning tells how many they are."
     p = np.asarray(probabilities)
@@ -86,18 +88,20 @@ def certify_worst(probabilities, # (N, n, C), NaN where a model has no answer
 class _Settings(SearchableNoise, BaseEstimator):
     def __init__(self, module, # function that makes a network, one for each model; or an nn.Module
                  noise, # smoothing noise, e.g. GaussianNoise(1.0)
-                 n_estimators: int = 100, # N
-                 epochs: int = 2, batch_size: int = 128, lr: float = 1e-3, # of Adam
+                 n_estimators: int = 100, # number of models, N
+                 epochs: int = 2, # passes over the training set, of every model
+                 batch_size: int = 128, # rows of a step of Adam
+                 lr: float = 1e-3, # step size of Adam
                  dp=None, # private gradients, e.g. DPSGD(5.0, 4.0)
                  label_noise: float = 0., # probability that a label is replaced by another class, < 1 - 1/C
-                 start: str = 'own', # or 'shared': all models have the initialisation and batches of model 0
+                 start: str = 'own', # initialisation and batches of every model; 'shared': of model 0
                  test_noise: str = 'stream', # u of f(x + u): 'stream', 'hash' (of the trained model), 'none'
                  test_sigma: float = None, # None: u has the law of the noise; a number: N(0, test_sigma^2)
-                 random_state: int = 0,
-                 device: str = 'auto', # 'cpu', 'cuda', 'cuda:1' ...
-                 n_jobs: int = None, # worker processes on a CPU
-                 precision: str = 'auto', # 'float32' or 'bf16'
-                 stack='auto', # models trained side by side
+                 random_state: int = 0, # seed of every draw; keep it secret until the training data are fixed
+                 device: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1' ...
+                 n_jobs: int = None, # worker processes on a CPU; None: as many as pay
+                 precision: str = 'auto', # 'auto', 'float32' or 'bf16'
+                 stack='auto', # models trained side by side, or 'auto'
                  keep_models: bool = True, # False: keep only the outputs at fit's eval_sets
                  max_memory: int = None, # bytes for training one group (in each worker); changes no result
                  warm_start: bool = False, # True: a second fit on the same data trains only what is missing
@@ -114,16 +118,23 @@ class _Settings(SearchableNoise, BaseEstimator):
 # %% ../nbs/20_ensemble.ipynb #dc73923e
 class Voter(ClassifierMixin):
     "Votes and certificates from `model_probabilities`, `classes_` and `noise_`."
-    def predict_proba(self, X) -> np.ndarray: # (n, C)
+    def predict_proba(self, X # (n, ...) inputs
+                     ) -> np.ndarray: # (n, C)
         "Average of the models' soft outputs, over the models that have an answer."
         return _mean(self.model_probabilities(X))
 
-    def predict(self, X) -> np.ndarray: # (n,) labels
+    def predict(self, X # (n, ...) inputs
+               ) -> np.ndarray: # (n,) labels
         "Class with the largest average."
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
-    def certify(self, X, alpha: float = .001, bound: str = 'hoeffding', votes: str = 'soft', **options):
+    def certify(self, X, # (n, ...) inputs
+                alpha: float = .001, # probability that the statement about one point fails
+                bound: str = 'hoeffding', # 'hoeffding', 'empirical_bernstein', 'betting' or 'clopper_pearson'
+                votes: str = 'soft', # 'soft': averages of probabilities; 'hard': counts of decisions
+                **options # more arguments of `certificate.certify`, such as familywise
+               ): # Certificate of the n inputs
         """Certificates at X, see `certificate.certify`; its `labels` are `classes_`, None where it abstains.
 
         They cover wrong labels where label_noise > 0, and a mark on the test input where noise and u are
@@ -133,6 +144,7 @@ class Voter(ClassifierMixin):
         return certify_worst(p, self.noise_, alpha, bound, votes, classes=self.classes_, **_covered(self),
                              **options)
 
+# %% ../nbs/20_ensemble.ipynb #d0c50026
 def _mean(p): # (N, n, C), NaN where a model has no answer -> (n, C), all classes alike where none has
     answered = ~np.isnan(p).any(2, keepdims=True)
     n, total = answered.sum(0), np.where(answered, p, 0).sum(0, dtype=np.float64)
@@ -202,9 +214,9 @@ def _checked(self, X, y, eval_sets): # as in `fit` -> spec, inputs, class number
 # %% ../nbs/20_ensemble.ipynb #813e8792
 class _Fit(Voter, _Settings):
     def fit(self, X, # (n, ...) inputs
-            y=None, # (n,) labels
+            y=None, # (n,) labels of any sortable type
             eval_sets: dict = None # name -> inputs: also keep every model's outputs at these points
-           ):
+           ): # the fitted classifier
         """Train the models: Algorithm 1 up to its vote.
 
         ValueError for settings and data that cannot work, and where the first models have all diverged."""
@@ -245,7 +257,7 @@ class RABClassifier(_Fit):
             _warn_unfinished(chosen.sum(), self.n_estimators)
         return np.concatenate(order)[chosen]
 
-    def save(self, path # *.safetensors
+    def save(self, path # file to write, *.safetensors
             ) -> None:
         "Write the trained models."
         check_is_fitted(self, 'groups_')
@@ -253,9 +265,10 @@ class RABClassifier(_Fit):
         save_groups(path, self.groups_, _about(self))
 
     @classmethod
-    def load(cls, path, # of the file
-             module, dp=None # what `fit` had
-            ): # RABClassifier, fitted
+    def load(cls, path, # file that `save` wrote
+             module, # the module or function of `fit`
+             dp=None # the DPSGD of `fit`, None without one
+            ): # a fitted RABClassifier
         "Read what `save` wrote; ValueError if it was trained with another `dp` or another network."
         return _load(cls, path, module, dp)
 
@@ -267,7 +280,9 @@ RABClassifier.__doc__ += """
     module : function that makes a network, called once for each model, or an nn.Module to start from
     noise : smoothing noise, such as GaussianNoise(1.0), in the units of the inputs
     n_estimators : number of models, N
-    epochs, batch_size, lr : of the training with Adam
+    epochs : passes over the training set, of every model
+    batch_size : rows of a step of Adam
+    lr : step size of Adam
     dp : None, or DPSGD(max_grad_norm, noise_multiplier) for private gradients
     label_noise : probability that a training label is replaced by another class
     start : 'own' initialisation and batches for every model, or 'shared'
@@ -287,7 +302,7 @@ RABClassifier.__doc__ += """
     ----------
     classes_ : (C,) labels in their order
     n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
-    noise_, n_train_ : the noise and the number of rows of the fit
+    noise_, n_train_ : noise and number of rows of the fit
 
     Examples
     --------

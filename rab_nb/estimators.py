@@ -24,8 +24,9 @@ from .training import TrainSpec, draw_noise, draw_u, noise_size, noisy_labels
 
 # %% ../nbs/24_estimators.ipynb #24e50006
 def seeded(estimator, # a scikit-learn classifier, fitted or not
-            random_state: int, k: int # seed of the run, number of the model
-           ): # an unfitted clone
+           random_state: int, # seed of the run
+           k: int # number of the model
+          ): # an unfitted clone
     "The estimator that model k is fitted with: every `random_state`, nested ones too, comes from its stream."
     copy, draw = clone(estimator), rng(random_state, 'start', k)
     names = [n for n in sorted(copy.get_params()) if n == 'random_state' or n.endswith('__random_state')]
@@ -83,7 +84,9 @@ def _nearest_mean(means: np.ndarray, x: np.ndarray, u: np.ndarray # (M, C, d), (
     best = np.where(missing, -np.inf, score).argmax(2)
     return (best.T[..., None] == np.arange(c)).astype(np.float32)
 
-def is_plain_centroid(estimator, noise) -> bool:
+def is_plain_centroid(estimator, # a scikit-learn classifier
+                      noise # the smoothing noise
+                     ) -> bool:
     "Can class means be drawn? Nearest centroids by Euclidean distance, not shrunk, and Gaussian noise."
     if type(estimator) is not NearestCentroid or not isinstance(noise, GaussianNoise): return False
     settings = dict(metric='euclidean', shrink_threshold=None, priors='uniform')

@@ -55,13 +55,18 @@ class CertifiedAccuracyScorer:
     radius: float # >= 0, total norm of the patterns that are feared
     settings: dict = field(default_factory=dict) # of `certify`
 
-    def __init__(self, radius: float, **settings):
+    def __init__(self, radius: float, # total norm of the patterns that are feared, >= 0
+                 **settings # arguments of `certify`, such as bound and votes
+                ):
         if isinstance(radius, bool) or not isinstance(radius, Real) or not 0 <= radius < np.inf:
             raise ValueError(f'radius must be one number >= 0, the total norm that is feared, got {radius!r}')
         object.__setattr__(self, 'radius', float(radius))
         object.__setattr__(self, 'settings', settings)
 
-    def __call__(self, estimator, X, y) -> float:
+    def __call__(self, estimator, # a fitted classifier or pipeline
+                 X, # (n, d) inputs
+                 y # (n,) true labels
+                ) -> float: # in [0, 1]
         "Share of the points that are right and certified at the radius."
         return float(certified_accuracy(certify_pipeline(estimator, X, **self.settings), y, self.radius))
 
@@ -70,37 +75,11 @@ def _all_radii(certificate): # from 0 to just beyond the largest finite radius
     finite = certificate.radius[np.isfinite(certificate.radius)]
     return np.linspace(0, 1.05 * max(finite.max(initial=0), 1e-9), 200)
 
-# %% ../nbs/26_evaluation.ipynb #26ea0031
-@dataclass
-class CertifiedAccuracyDisplay:
-    "Certified accuracy over radii, as scikit-learn's displays; `plot` sets `ax_`, `figure_`, `line_`."
-    radii: np.ndarray # (R,) total norms
-    accuracy: np.ndarray # (R,) shares in [0, 1]
-    label: str = None # of the curve in the legend
-
-    @classmethod
-    def from_certificate(cls, certificate, # Certificate of n points
-                         y, radii=None, # (n,) true labels; (R,) total norms, None: all that are certified
-                         label: str = None, ax=None, # of the curve; axes, None: new ones
-                         **line # of `Axes.plot`
-                        ):
-        "Draw the curve of a certificate; errors of `certified_accuracy`."
-        radii = np.asarray(_all_radii(certificate) if radii is None else radii, float)
-        return cls(radii, certified_accuracy(certificate, y, radii), label).plot(ax, **line)
-
-    @classmethod
-    def from_estimator(cls, estimator, X, y, # classifier or pipeline; (n, d) inputs, (n,) true labels
-                       radii=None, label: str = None, ax=None, # as in `from_certificate`
-                       settings: dict = None, # of `certify`
-                       **line # of `Axes.plot`
-                      ):
-        "Certify, then draw; errors of `certify_pipeline`."
-        last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-        label = type(last).__name__ if label is None else label
-        certificate = certify_pipeline(estimator, X, **settings or {})
-        return cls.from_certificate(certificate, y, radii, label, ax, **line)
-
-    def plot(self, ax=None, **line): # axes, None: new ones; of `Axes.plot`
+# %% ../nbs/26_evaluation.ipynb #d0c50028
+class _Curve: # of `CertifiedAccuracyDisplay`
+    def plot(self, ax=None, # matplotlib axes; None: the current ones
+             **line # arguments of `Axes.plot`
+            ): # the display itself
         "Draw into the axes; the display, with `ax_`, `figure_` and `line_`."
         from matplotlib.pyplot import gca
         self.ax_ = gca() if ax is None else ax
@@ -110,3 +89,77 @@ class CertifiedAccuracyDisplay:
         if self.label:
             self.ax_.legend()
         return self
+
+# %% ../nbs/26_evaluation.ipynb #26ea0031
+@dataclass
+class CertifiedAccuracyDisplay(_Curve):
+    "Certified accuracy over radii, as scikit-learn's displays; `plot` sets `ax_`, `figure_`, `line_`."
+    radii: np.ndarray # (R,) total norms
+    accuracy: np.ndarray # (R,) shares in [0, 1]
+    label: str = None # of the curve in the legend
+
+    @classmethod
+    def from_certificate(cls, certificate, # Certificate of n points
+                         y, # (n,) true labels
+                         radii=None, # (R,) total norms; None: all that are certified
+                         label: str = None, # of the curve in the legend
+                         ax=None, # matplotlib axes; None: the current ones
+                         **line # arguments of `Axes.plot`
+                        ): # the display
+        "Draw the curve of a certificate; errors of `certified_accuracy`."
+        radii = np.asarray(_all_radii(certificate) if radii is None else radii, float)
+        return cls(radii, certified_accuracy(certificate, y, radii), label).plot(ax, **line)
+
+    @classmethod
+    def from_estimator(cls, estimator, # a fitted classifier or pipeline
+                       X, # (n, d) inputs
+                       y, # (n,) true labels
+                       radii=None, # (R,) total norms; None: all that are certified
+                       label: str = None, # of the curve; None: the classifier's name
+                       ax=None, # matplotlib axes; None: the current ones
+                       settings: dict = None, # arguments of `certify`, such as bound and votes
+                       **line # arguments of `Axes.plot`
+                      ): # the display
+        "Certify, then draw; errors of `certify_pipeline`."
+        last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
+        label = type(last).__name__ if label is None else label
+        certificate = certify_pipeline(estimator, X, **settings or {})
+        return cls.from_certificate(certificate, y, radii, label, ax, **line)
+
+# %% ../nbs/26_evaluation.ipynb #d0c50012
+CertifiedAccuracyScorer.__doc__ += """
+
+    Parameters
+    ----------
+    radius : total norm of the patterns that are feared, >= 0
+    **settings : arguments of `certify`, such as bound and votes
+
+    Attributes
+    ----------
+    settings : those arguments, as a dict
+
+    Examples
+    --------
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> from rab_nb import CertifiedAccuracyScorer, SmoothedKNNClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> score = CertifiedAccuracyScorer(1.)
+    >>> search = GridSearchCV(SmoothedKNNClassifier(), {'sigma': [.1, 1.]}, scoring=score, cv=2).fit(X, y)
+    >>> search.best_params_
+    {'sigma': 0.1}"""
+
+CertifiedAccuracyDisplay.__doc__ += """
+
+    Attributes
+    ----------
+    radii, accuracy : (R,) total norms, and the share that is right and certified at each
+    label : of the curve in the legend
+    ax_, figure_, line_ : what `plot` drew on
+
+    Examples
+    --------
+    >>> from rab_nb import CertifiedAccuracyDisplay, SmoothedKNNClassifier
+    >>> X, y = [[0., 0.], [0., 1.], [4., 4.], [4., 5.]] * 25, [0, 0, 1, 1] * 25
+    >>> model = SmoothedKNNClassifier(sigma=1.).fit(X, y)
+    >>> CertifiedAccuracyDisplay.from_estimator(model, X, y, radii=[0., 1.]).accuracy.tolist()
+    [1.0, 1.0]"""

@@ -22,7 +22,9 @@ class Frozen(nn.Module):
 
     The body must give one vector of features per input. It is kept in evaluation mode and gets no
     gradients."""
-    def __init__(self, body: nn.Module, head: nn.Module): # (B, ...) -> (B, f); (B, f) -> (B, 1) or (B, C)
+    def __init__(self, body: nn.Module, # (B, ...) -> (B, f), the part that is kept as it is
+                 head: nn.Module # (B, f) -> (B, 1) or (B, C), the part that is trained
+                ):
         super().__init__()
         self.body = body.requires_grad_(False).eval()
         self.head = head if len(list(head.children())) else nn.Sequential(head)
@@ -42,7 +44,9 @@ class Averaged(nn.Module):
     """Pictures averaged over 3x3 pixels and then over 2x2, scaled from [0, 1] as the body expects: a quarter
     of the pixels."""
     def __init__(self, body: nn.Module, # (B, 3, h, w) -> (B, f)
-                 mean: float = .498, std: float = .502): # of a pixel, as the body was trained
+                 mean: float = .498, # of a pixel, as the body was trained
+                 std: float = .502 # standard deviation of a pixel, likewise
+                ):
         super().__init__()
         self.body, self.mean, self.std = body, mean, std
 
@@ -84,7 +88,8 @@ _BLOCK = 32 # rows that the body sees at once
 def body_features(body: nn.Module, # (B, ...) -> (B, f), in evaluation mode
                   make: Callable[[np.ndarray], torch.Tensor], # row numbers (B,) -> inputs (B, ...)
                   rows: np.ndarray, # (m,) row numbers
-                  device: str = 'cpu', precision: str = 'float32' # or 'bf16'
+                  device: str = 'cpu', # 'cpu', 'cuda' ...
+                  precision: str = 'float32' # 'float32' or 'bf16'
                  ) -> np.ndarray: # (m, f) float16
     """Features of some rows; a row's features depend on nothing but the row. ValueError where they are not
     finite vectors."""

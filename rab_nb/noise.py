@@ -175,7 +175,7 @@ class GaussianNoise:
                           n_classes=2, # number of classes, C
                           log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
                           log_p_b=None # log(p_b), exact where p_b underflows
-                         ) -> np.ndarray:
+                         ) -> np.ndarray: # total l2 norm, nan where nothing is certified
         "Certified total l2 norm beside `n_relabelled` wrong labels, see `theory.relabelled_radius`."
         return theory.relabelled_radius(p_a, self.sigma, flip, n_relabelled, n_classes, p_b, log_q_a, log_p_b)
     def certifies(self, patterns, # poisoned rows x features, or one norm per row
@@ -190,29 +190,46 @@ class GaussianNoise:
         "The law of patterns + noise."
         return _product_law('norm', patterns, 0., self.sigma)
 
-# %% ../nbs/01_noise.ipynb #ff2b3f8b
-@dataclass(frozen=True)
-class UniformNoise:
-    "Noise uniform on [a, b]^d (Corollaries 3 and 4); the radius bounds each pattern's largest entry."
-    a: float # lower end, in the units of the features
-    b: float # upper end, > a
-    norm = 'linf'
-    def __post_init__(self): _set_interval(self, a=self.a, b=self.b)
+# %% ../nbs/01_noise.ipynb #d0c50020
+class _UniformDraws: # what `UniformNoise` draws, and its law
     def sample(self, shape, # of the draw
                generator: torch.Generator # where the numbers come from; its device is the draw's
               ) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device."
         u = torch.rand(shape, generator=generator, device=generator.device)
         return u.mul_(self.b - self.a).add_(self.a)
-    def radius(self, p_a, p_b, # bounds of the winner's and the rivals' probabilities, in [0, 1]
-               log_q_a=None, log_p_b=None, # their logarithms, not needed here
+    def law(self, patterns # (r, ...) patterns, one for each poisoned row
+           ) -> theory.Product:
+        "The law of patterns + noise."
+        return _product_law('uniform', patterns, self.a, self.b - self.a)
+
+# %% ../nbs/01_noise.ipynb #ff2b3f8b
+@dataclass(frozen=True)
+class UniformNoise(_UniformDraws):
+    "Noise uniform on [a, b]^d (Corollaries 3 and 4); the radius bounds each pattern's largest entry."
+    a: float # lower end, in the units of the features
+    b: float # upper end, > a
+    norm = 'linf'
+    def __post_init__(self): _set_interval(self, a=self.a, b=self.b)
+    def radius(self, p_a, # lower bound of the winner's probability, in [0, 1], any shape
+               p_b, # upper bound of every rival's, in [0, 1]
+               log_q_a=None, # log(1 - p_a); taken for the common signature, (30) does not need it
+               log_p_b=None, # log(p_b); not needed either
                d=None, # entries of one input
                n_poisoned=None # poisoned rows
               ) -> np.ndarray:
         "Certified l-infinity norm of each of `n_poisoned` patterns with `d` entries, (30)."
         return _linf_radius(self, p_a, p_b, d, n_poisoned)
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, # as in `GaussianNoise`
-                          log_q_a=None, log_p_b=None, d=None, n_poisoned=None) -> np.ndarray:
+    def relabelled_radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
+                          p_b, # upper bound of every rival's, in [0, 1]
+                          flip, # probability that a training label was replaced
+                          n_relabelled, # rows whose label is wrong, whole numbers >= 0
+                          n_classes=2, # number of classes, C
+                          log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
+                          log_p_b=None, # log(p_b), exact where p_b underflows
+                          d=None, # entries of one input
+                          n_poisoned=None # poisoned rows
+                         ) -> np.ndarray: # largest entry of each pattern, nan where nothing is certified
         "As `radius`, beside `n_relabelled` wrong labels; nan where nothing is certified."
         share = theory.relabelled_share(p_a, p_b, flip, n_relabelled, n_classes, log_q_a, log_p_b)
         return _linf_radius(self, .5 + share, .5 - share, d, n_poisoned, unknown=np.isnan(share))
@@ -222,10 +239,6 @@ class UniformNoise:
                  ) -> np.ndarray:
         "True where the patterns, rows x features, satisfy (27)."
         return _box_certifies(self, patterns, p_a, p_b)
-    def law(self, patterns # (r, ...) patterns, one for each poisoned row
-           ) -> theory.Product:
-        "The law of patterns + noise."
-        return _product_law('uniform', patterns, self.a, self.b - self.a)
 
 # %% ../nbs/01_noise.ipynb #98ed2194
 def _linf_radius(noise, p_a, p_b, d, n_poisoned, unknown=False): # see UniformNoise.radius; nan if `unknown`
@@ -244,19 +257,26 @@ def _box_certifies(noise, patterns, p_a, p_b): # see UniformNoise.certifies
         raise ValueError(f'patterns must be rows x features, not norms; got shape {np.shape(patterns)}')
     return theory.uniform_certifies(patterns, p_a, p_b, noise.a, noise.b)
 
-# %% ../nbs/01_noise.ipynb #80f28a58
-@dataclass(frozen=True)
-class LaplaceNoise:
-    "Independent Laplace noise of the given scale, certified in the total l1 norm (beyond the paper)."
-    scale: float # mean absolute value, in the units of the features, > 0
-    norm = 'l1'
-    def __post_init__(self): _set_scale(self, scale=self.scale)
+# %% ../nbs/01_noise.ipynb #d0c50021
+class _LaplaceDraws: # what `LaplaceNoise` draws, and its law
     def sample(self, shape, # of the draw
                generator: torch.Generator # where the numbers come from; its device is the draw's
               ) -> torch.Tensor:
         "Noise of the given shape, float32, on the generator's device: a difference of two exponentials."
         draw = lambda: torch.empty(shape, device=generator.device).exponential_(generator=generator)
         return (draw() - draw()).mul_(self.scale)
+    def law(self, patterns # (r, ...) patterns, one for each poisoned row
+           ) -> theory.Product:
+        "The law of patterns + noise."
+        return _product_law('laplace', patterns, 0., self.scale)
+
+# %% ../nbs/01_noise.ipynb #80f28a58
+@dataclass(frozen=True)
+class LaplaceNoise(_LaplaceDraws):
+    "Independent Laplace noise of the given scale, certified in the total l1 norm (beyond the paper)."
+    scale: float # mean absolute value, in the units of the features, > 0
+    norm = 'l1'
+    def __post_init__(self): _set_scale(self, scale=self.scale)
     def radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
                p_b, # upper bound of every rival's, in [0, 1]
                log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
@@ -264,8 +284,14 @@ class LaplaceNoise:
               ) -> np.ndarray:
         "Certified total l1 norm."
         return theory.laplace_radius(p_a, p_b, self.scale, log_q_a, log_p_b)
-    def relabelled_radius(self, p_a, p_b, flip, n_relabelled, n_classes=2, # as in `GaussianNoise`
-                          log_q_a=None, log_p_b=None) -> np.ndarray:
+    def relabelled_radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
+                          p_b, # upper bound of every rival's, in [0, 1]
+                          flip, # probability that a training label was replaced
+                          n_relabelled, # rows whose label is wrong, whole numbers >= 0
+                          n_classes=2, # number of classes, C
+                          log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
+                          log_p_b=None # log(p_b), exact where p_b underflows
+                         ) -> np.ndarray: # total l1 norm
         "Certified total l1 norm beside `n_relabelled` wrong labels; nan where nothing is certified."
         attack = flip, n_relabelled, n_classes
         return theory.relabelled_laplace_radius(p_a, p_b, self.scale, *attack, log_q_a, log_p_b)
@@ -275,10 +301,58 @@ class LaplaceNoise:
                  ) -> np.ndarray:
         "True where the patterns (rows x features), or their norms row by row, are inside the radius."
         return np.abs(patterns).sum() < self.radius(p_a, p_b)
-    def law(self, patterns # (r, ...) patterns, one for each poisoned row
-           ) -> theory.Product:
-        "The law of patterns + noise."
-        return _product_law('laplace', patterns, 0., self.scale)
+
+# %% ../nbs/01_noise.ipynb #d0c50002
+GaussianNoise.__doc__ += """
+
+    Parameters
+    ----------
+    sigma : standard deviation, in the units of the features, > 0
+
+    Attributes
+    ----------
+    norm : 'l2', the norm in which radii are measured
+
+    Examples
+    --------
+    >>> from rab_nb import GaussianNoise
+    >>> round(float(GaussianNoise(0.5).radius(p_a=0.9, p_b=0.1)), 3)
+    0.641"""
+
+# %% ../nbs/01_noise.ipynb #d0c50022
+UniformNoise.__doc__ += """
+
+    Parameters
+    ----------
+    a : lower end of the interval, in the units of the features
+    b : upper end of the interval, > a
+
+    Attributes
+    ----------
+    norm : 'linf', the norm in which radii are measured
+
+    Examples
+    --------
+    >>> from rab_nb import UniformNoise
+    >>> round(float(UniformNoise(0., 1.).radius(p_a=0.9, p_b=0.1, d=2, n_poisoned=3)), 3)
+    0.082"""
+
+# %% ../nbs/01_noise.ipynb #d0c50023
+LaplaceNoise.__doc__ += """
+
+    Parameters
+    ----------
+    scale : mean absolute value, in the units of the features, > 0
+
+    Attributes
+    ----------
+    norm : 'l1', the norm in which radii are measured
+
+    Examples
+    --------
+    >>> from rab_nb import LaplaceNoise
+    >>> round(float(LaplaceNoise(0.5).radius(p_a=0.9, p_b=0.1)), 3)
+    0.805"""
 
 # %% ../nbs/01_noise.ipynb #16852fa1
 def noise_from_repr(text: str): # e.g. "GaussianNoise(sigma=1.0)"
@@ -302,7 +376,8 @@ class SearchableNoise:
         if not deep or not is_dataclass(self.noise): return found
         return found | {f'noise__{f.name}': getattr(self.noise, f.name) for f in fields(self.noise)}
 
-    def set_params(self, **params):
+    def set_params(self, **params # of the classifier; of the noise with noise__ before the name
+                  ): # the classifier itself
         "As scikit-learn's; ValueError for a field that the noise does not have, and for a value it refuses."
         inner = {k: params.pop(k) for k in list(params) if k.startswith('noise__')}
         super().set_params(**params)

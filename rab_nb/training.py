@@ -40,15 +40,15 @@ class TrainSpec:
     "All that the trained models depend on, besides the data; ValueError where a setting cannot work."
     module: object # function that makes a network, called for every model; or an nn.Module, their start
     noise: object # smoothing noise: anything with sample(shape, generator)
-    n_classes: int = 2
-    epochs: int = 2
-    batch_size: int = 128
+    n_classes: int = 2 # C
+    epochs: int = 2 # passes over the training set
+    batch_size: int = 128 # rows of a step
     lr: float = 1e-3 # step size of Adam
     label_noise: float = 0. # probability that a training label is replaced by another one, < 1 - 1/n_classes
     start: str = 'own' # 'own': model k has its own start and batches; 'shared': all have those of model 0
     test_noise: str = 'stream' # u of model k: from its 'stream', from the 'hash' of f_k, or 'none' for u = 0
     test_sigma: float = None # None: u has the law of the noise; else N(0, test_sigma^2), in feature units
-    random_state: int = 0
+    random_state: int = 0 # seed of every draw
     precision: str = 'auto' # 'float32', 'bf16' or 'auto'; evaluation is always float32
     stack: object = 'auto' # models trained side by side, >= 1, or 'auto'
     device: str = 'auto' # 'cpu', 'cuda', 'cuda:1' ..., a torch.device, or 'auto'
@@ -756,13 +756,17 @@ def _tried(module, x, training): # network, (b, ...) inputs, mode -> what it ret
         return module(x)
 
 def _check_tensor(out, mode): # what a network returned, ' in training mode' or ''
-    if isinstance(out, torch.Tensor): return
-    what, example = f'a {type(out).__name__}', ''
+    if isinstance(out, torch.Tensor) and not out.is_complex(): return
+    what, example = 'None' if out is None else f'an object of type {type(out).__name__}', ''
+    if isinstance(out, torch.Tensor):
+        what, example = f'a tensor of type {out.dtype}', ', as real numbers'
+    if hasattr(out, 'logits') and not isinstance(out, dict):
+        example = ', such as module(x).logits'
     if isinstance(out, (tuple, list)):
-        what, example = f'{what} of {len(out)} values', ', such as module(x)[0]'
+        what, example = f'a {type(out).__name__} of {len(out)} values', ', such as module(x)[0]'
     if isinstance(out, dict):
         key = 'logits' if 'logits' in out else next(iter(out), '')
-        what, example = f'{what} with the keys {list(out)}', f', such as module(x)[{key!r}]'
+        what, example = f'a {type(out).__name__} with the keys {list(out)}', f', such as module(x)[{key!r}]'
     raise ValueError(f'module returns {what}{mode}, it must return one tensor of logits: '
                      f'wrap it in a module whose forward returns that tensor alone{example}')
 
@@ -959,6 +963,7 @@ def save_groups(path, done: dict, about: dict # plain values to keep beside the 
     "Write trained groups to a safetensors file."
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
+    if not isinstance(path, (str, os.PathLike)): raise ValueError(f'path must name a file, got {path!r}')
     groups = list(done.values())
     names = list(groups[0]['models'])
     text = json.dumps(about | dict(groups=list(done), hashes=[g['hashes'] for g in groups], names=names))

@@ -40,9 +40,6 @@ from rab_nb.models import mlp
 from rab_nb.noise import GaussianNoise
 
 pytestmark = pytest.mark.filterwarnings('ignore')
-REFUSED = {
-    'check_supervised_y_2d': 'a column of labels is refused',
-}
 parts = partial(PartitionClassifier, n_jobs=1)
 
 
@@ -562,7 +559,6 @@ def test_greedy_attack_on_digits_never_breaks_and_comes_close():
         BaggedClassifier(DecisionTreeClassifier(), 15, 9, n_jobs=1),
         PlainKNNClassifier(3),
     ],
-    expected_failed_checks=lambda e: REFUSED,
 )
 def test_check_estimator(estimator, check):
     check(estimator)

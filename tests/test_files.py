@@ -225,6 +225,27 @@ def test_files_that_are_no_certificates(tmp_path, content, words):
         Certificate.from_csv(path)
 
 
+@pytest.mark.parametrize('name', ['cat/a.heic', 'dog/b.SVG', 'cat/sub/c.avif'])
+def test_pictures_of_other_kinds_are_not_passed_over(tmp_path, name):
+    folder = tree(tmp_path, '{c}/{i}.png')
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b'x')
+    with pytest.raises(ValueError, match='convert them'):
+        from_folder(folder, size=4)
+
+
+def test_classes_that_differ_in_capitals(tmp_path):
+    folder = tree(tmp_path, '{c}.{i}.png', ('Cat', 'cat', 'dog'))
+    with pytest.raises(ValueError, match='capitals'):
+        from_folder(folder, size=4)
+    assert from_folder(folder, ('Cat', 'dog'), size=4).classes == ('Cat', 'dog')
+    with pytest.raises(ValueError, match='classes must be names'):
+        from_folder(folder, 'cat', size=4)
+    for size in ((4, 4), None, '4', 4.5):
+        with pytest.raises(ValueError, match='whole number of pixels'):
+            from_folder(folder, size=size)
+
+
 # ---- tables and archives
 
 TABLE = np.random.default_rng(1).normal(size=(40, 2)).round(6)
@@ -257,7 +278,10 @@ def test_tables_of_spreadsheets(tmp_path, name, options, label):
     'change, words',
     [
         (lambda f: f.reset_index(), 'OK'),
-        (lambda f: f.assign(a='x'), "column a: 'x'"),
+        (lambda f: f.assign(a='x'), "column 'a' holds 'x' in row 0"),
+        (lambda f: f.assign(b=f.b.where(f.index != 3)), "column 'b' is empty in row 3"),
+        (lambda f: f.assign(b=f.b.where(f.index != 3, np.inf)), "column 'b' holds inf in row 3"),
+        (lambda f: f[:0], 'no rows below'),
         (lambda f: f.assign(label=f.label.where(f.index > 2)), '3 rows have no label, the first is row 0'),
         (lambda f: f.rename(columns=dict(label='kind')), "no column 'label'"),
     ],
@@ -269,6 +293,56 @@ def test_tables_that_are_refused(tmp_path, change, words):
     frame.to_csv(tmp_path / 'a.csv', index=words == 'OK')
     with pytest.raises(ValueError, match='index=False' if words == 'OK' else words):
         from_file(tmp_path / 'a.csv')
+
+
+MARGINS = {  # what spreadsheets put around a table; (lines with separators `,`) -> lines
+    'nameless columns': lambda lines: [line + ',,' for line in lines],
+    'separators behind rows': lambda lines: [lines[0], *(line + ',' for line in lines[1:])],
+    'empty rows': lambda lines: [*lines, ',,', '', ',,'],
+    'said separator': lambda lines: ['sep=;', *(line.replace(',', ';') for line in lines)],
+    'quotes': lambda lines: [','.join(f'"{cell}"' for cell in line.split(',')) for line in lines],
+}
+
+
+@pytest.mark.parametrize('margin', MARGINS)
+@pytest.mark.parametrize('end', ['\n', '\r\n'], ids=['LF', 'CRLF'])
+@pytest.mark.parametrize('classes', [(0, 1), ('no', 'yes')], ids=['numbers', 'names'])
+def test_tables_with_margins(tmp_path, margin, end, classes):
+    "Labels stay what they are, and no column becomes an index: separators behind rows shifted them all."
+    lines = ['label,a,b', *(f'{classes[i % 2]},{a},{b}' for i, (a, b) in enumerate(TABLE))]
+    for name, text in (('plain.csv', lines), ('wide.csv', MARGINS[margin](lines))):
+        (tmp_path / name).write_bytes((end.join(text) + end).encode())
+    one, two = from_file(tmp_path / 'plain.csv'), from_file(tmp_path / 'wide.csv')
+    assert one.classes == two.classes == classes and one.x_train.shape[1] == 2
+    assert digest(one.x_train, one.y_train) == digest(two.x_train, two.y_train)
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'label,a\nx,1\ny,2,3\n', 'not a usable table'),
+        (b'label,a\nx,1,3\ny,2,3\n', 'more cells than the first line'),
+        ('label,größe\nx,1\n'.encode('latin-1'), 'CSV UTF-8'),
+        (b'PK\x03\x04\xb8\xff', 'CSV UTF-8'),
+        (b'', 'not a usable table'),
+        (b'x,1\ny,2\n', 'write a first line with names'),
+    ],
+    ids=['longer row', 'longer rows', 'latin-1', 'archive', 'empty', 'no names'],
+)
+def test_texts_that_are_no_tables(tmp_path, content, words):
+    (tmp_path / 'a.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        from_file(tmp_path / 'a.csv')
+
+
+def test_names_that_are_no_paths():
+    for value in (None, 3, ['a']):
+        for read in (load, from_file) if not isinstance(value, list) else (from_file,):
+            with pytest.raises(ValueError, match='got '):
+                read(value)
+    for value in (None, ''):
+        with pytest.raises(ValueError, match='folder must be'):
+            from_folder(value)
 
 
 def fake_mnist():
@@ -298,6 +372,8 @@ def mnist():
         lambda k, a: (k, a[..., None] if k[0] == 'x' else a.astype(float)),
         lambda k, a: (k, a.reshape(len(a), -1) if k[0] == 'x' else a),
         lambda k, a: (k, a / np.float32(255) if k[0] == 'x' else a),
+        lambda k, a: (k, a if k[0] == 'x' else a.astype(str)),
+        lambda k, a: (k, a if k[0] == 'x' else np.eye(10, dtype=np.float32)[a]),
     ],
 )
 def test_mnist_by_its_pixels(tmp_path, monkeypatch, mnist, change):
@@ -310,6 +386,20 @@ def test_mnist_by_its_pixels(tmp_path, monkeypatch, mnist, change):
         rows = np.isin(mnist['y_train'], (0, 1))
         assert np.array_equal(task.x_train, (mnist['x_train'][rows] / 255.0).astype(np.float32)[:, None])
         assert np.array_equal(task.y_train, mnist['y_train'][rows])
+
+
+def test_mnist_in_one_array(tmp_path, monkeypatch, mnist):
+    "70,000 rows of 784 numbers with labels in text, the training digits first, as OpenML has them."
+    monkeypatch.setattr('rab_nb.data._MNIST_DIGEST', digest(*mnist.values()))
+    monkeypatch.delenv('RAB_DATA', raising=False)
+    data = np.concatenate([mnist['x_train'], mnist['x_test']]).reshape(70_000, 784)
+    target = np.concatenate([mnist['y_train'], mnist['y_test']]).astype(str)
+    np.savez(tmp_path / 'mnist_784.npz', data=data, target=target)
+    task = load('mnist', (0, 1), root=tmp_path, download=False)
+    np.testing.assert_array_equal(task.y_test, mnist['y_test'][np.isin(mnist['y_test'], (0, 1))])
+    np.savez(tmp_path / 'mnist_784.npz', data=data[::-1], target=target[::-1])
+    with pytest.raises(ValueError, match='mnist_784.npz has the sizes of MNIST'):
+        load('mnist', (0, 1), root=tmp_path, download=False)
 
 
 def test_one_other_pixel_is_not_mnist(tmp_path, monkeypatch, mnist):
@@ -420,6 +510,48 @@ def test_datasets_become_arrays(dataset):
     assert SmoothedKNNClassifier(sigma=0.5).fit(x, y).certify(x).prediction.shape == (40,)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, Y.tolist()))
+
+
+def test_streams_become_arrays():
+    "A ChainDataset claims a length that it does not have."
+    for dataset in (Stream(), torch.utils.data.ChainDataset([Stream()]), DataLoader(Stream(), batch_size=7)):
+        np.testing.assert_array_equal(dataset_arrays(dataset)[1], Y)
+    with pytest.warns(UserWarning, match='drop_last'):
+        assert len(dataset_arrays(DataLoader(TensorDataset(X, Y), 7, drop_last=True))[0]) == 35
+
+
+class Endless(Dataset):
+    def __getitem__(self, i):
+        return X[i % 40], int(Y[i % 40])
+
+
+@pytest.mark.parametrize(
+    'dataset, words',
+    [
+        (None, 'must be a torch Dataset'),
+        ({0: (X[0], 1)}, 'must be a torch Dataset'),
+        ('mnist', 'must be a torch Dataset'),
+        (Endless(), 'no length'),
+        ([(X[0], torch.eye(2)[0])] * 3, 'argmax'),
+        ([(Image.new('P', (4, 4)), 0)] * 3, "mode 'P'"),
+        ([(Image.new('RGB', (4, k)), 0) for k in (4, 5)], 'Resize'),
+    ],
+    ids=['None', 'dict', 'name', 'endless', 'indicators', 'palette', 'sizes'],
+)
+def test_datasets_that_are_refused(dataset, words):
+    with pytest.raises(ValueError, match=words):
+        dataset_arrays(dataset)
+
+
+@pytest.mark.parametrize('mode', ['P', 'CMYK', 'YCbCr', 'HSV'])
+def test_pictures_whose_numbers_are_no_brightness(mode):
+    with pytest.raises(ValueError, match='convert'):
+        SmoothedKNNClassifier().fit([Image.new(mode, (4, 4))] * 4, [0, 1, 0, 1])
+
+
 @pytest.mark.parametrize('items', [[], [X[0]], [(X[0], 1, 2)], [(X[0], 0), (X[0, :2], 1)]])
 def test_datasets_of_other_things(items):
     with pytest.raises(ValueError, match='pairs'):
@@ -462,6 +594,39 @@ def fit(module, **settings):
 def test_modules_that_cannot_be_trained(module, words):
     with pytest.raises(ValueError, match=words):
         fit(module)
+
+
+class Returns(nn.Module):
+    "A network that returns its logits in a way of its own"
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 2), how
+
+    def forward(self, x):
+        return self.how(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    'how, words',
+    [
+        (lambda out: (out, out), r'a tuple of 2 values.*module\(x\)\[0\]'),
+        (lambda out: dict(logits=out), r"keys \['logits'\].*module\(x\)\['logits'\]"),
+        (lambda out: type('Output', (), dict(logits=out))(), r'type Output.*module\(x\).logits'),
+        (lambda out: None, 'returns None'),
+        (lambda out: out + 0j, 'complex64'),
+        (lambda out: out.sum(), 'shape'),
+    ],
+    ids=['tuple', 'dict', 'object', 'None', 'complex', 'number'],
+)
+def test_what_modules_return_is_named(how, words):
+    with pytest.raises(ValueError, match=words):
+        fit(Returns(how))
+
+
+def test_saving_nowhere():
+    with pytest.raises(ValueError, match='path must name a file, got None'):
+        fit(lambda: nn.Sequential(nn.Linear(4, 2))).save(None)
 
 
 @pytest.mark.parametrize('device', ['cuda:97', 'mps', 'xpu', 'gpu', 'meta', 'CPU', 0, None])

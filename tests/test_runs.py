@@ -533,6 +533,24 @@ def test_rows_and_pairs(tmp_path, capsys):
         assert f'{option} must be in 1..' in capsys.readouterr().err
 
 
+def test_outside_of_a_clone(tmp_path, monkeypatch, capsys):
+    "Where only the wheel is installed, everything stands in the current folder, and the table is printed."
+    monkeypatch.setattr(profiles, 'ROOT', tmp_path / 'site-packages')
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['table', '9']) == 2
+    assert '`rab-nb run --table 9 --profile quick` computes it' in capsys.readouterr().err
+    assert cli.main(['run', '--table', '9', '--rows', '1', '--quiet', '--jobs', '1']) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert '`rab-nb table 9 --profile quick` prints it' in last and 'make' not in last
+    assert (tmp_path / 'results/quick/table9.safetensors').is_file()
+    assert not (tmp_path / 'site-packages').exists()
+    for command in (['table', '9'], ['table', '9', '--profile', 'quick']):
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith('# Table 9') and '**Verdict.**' in printed and '.png' not in printed
+        assert printed.count('not run') == 10 # rows 1 and 2 differ in sigma alone and share a run
+
+
 def test_help_imports_nothing_heavy():
     "`rab-nb --help` answers at once: only the standard library is imported."
     script = (

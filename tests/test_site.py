@@ -72,6 +72,56 @@ def test_modules_without_public_names_have_no_page():
     assert 'bins' not in reference.load(ROOT / 'rab_nb')
 
 
+@pytest.fixture(scope='module')
+def modules():
+    return reference.load(ROOT / 'rab_nb')
+
+
+def entries(members, owner):
+    for member in members:
+        yield f'{owner}.{member.name}', member
+        yield from entries(member.members, f'{owner}.{member.name}')
+
+
+# internals whose helpers still share comments
+SHARING = {'knn', 'bins', 'chi', 'votes', 'quantised', 'rows'}
+
+
+def test_every_argument_has_a_comment_of_its_own(modules):
+    "None is missing, and none is copied from an argument beside it."
+    found = []
+    for name, module in modules.items():
+        if name in SHARING or not module.public: continue
+        for full, member in entries(module.members, name):
+            said = [a.comment for a in member.arguments if a.name != '*']
+            if not all(said) or len(set(said)) < len(said): found.append((full, said))
+    assert not found
+
+
+def test_reference_begins_with_what_users_import(modules):
+    order = {'class': 0, 'function': 1, 'data': 2}
+    for module in modules.values():
+        kinds = [order[member.kind] for member in module.members]
+        assert kinds == sorted(kinds), f'{module.name}: classes, functions, constants'
+    for name, home in reference.imported_from_the_top(ROOT / 'rab_nb'):
+        members = modules[home].members
+        kind = modules[home].member(name).kind
+        mine = [member.name for member in members if member.kind == kind]
+        main = reference.MAIN.get(home, '').split()
+        main += [n for n, h in reference.imported_from_the_top(ROOT / 'rab_nb') if h == home]
+        assert set(mine[:mine.index(name) + 1]) <= set(main), f'{home}: {mine} before {name}'
+
+
+def test_classes_show_what_they_inherit(modules):
+    "Arguments, methods, attributes and the example of a classifier whose parts stand in several cells."
+    for home, name in (('ensemble', 'RABClassifier'), ('estimators', 'SmoothedEnsembleClassifier')):
+        member = modules[home].member(name)
+        assert [m.name for m in member.members[:4]] == ['fit', 'predict', 'predict_proba', 'certify']
+        assert {'noise', 'n_estimators', 'random_state'} <= {a.name for a in member.arguments}
+    text = reference.page(modules['ensemble'], str, lambda name: '')
+    assert ':param lr: step size of Adam' in text and '- `classes_`: ' in text and '>>> clf.fit(X, y)' in text
+
+
 def test_numbers_link_only_in_prose():
     numbers = links.Numbers()
     marked = numbers.mark('By\n\n$$x = y. \\tag{24}$$\n\n**Theorem 1.** As (24) says.', 'theory')
@@ -96,12 +146,97 @@ def test_files_become_pages_repository_links_or_errors():
 
 def test_finished_site_is_checked(tmp_path):
     (tmp_path / 'a.html').write_text('<p id="here"><a href="b.html">b</a><a href="#here">ok</a><a '
-                                     'href="#gone">x</a><img src="a.html"><img src="a.html" alt="fine">')
+                                     'href="#gone">x</a><img src="a.html"><img src="a.html" alt="fine">'
+                                     '<section id="x"><h2>Hollow<a></a></h2>\n</section>'
+                                     '<section><h2>Full</h2><p>text</p></section><pre>&lt;IPython.core.display&gt;</pre>')
     complaints = '\n'.join(build.check(tmp_path))
     assert 'b.html leads nowhere' in complaints
     assert '#gone has no such place' in complaints
     assert 'no alternative text' in complaints
-    assert complaints.count('\n') == 2
+    assert "nothing stands below 'Hollow'" in complaints and 'Full' not in complaints
+    assert 'shown by its name' in complaints
+    assert complaints.count('\n') == 4
+
+
+def test_sidebar_is_in_reading_order():
+    """Tutorials first, theory before algorithms, tables before the notebooks that draw them, internals last;
+    each group as the front page lists it."""
+    groups, _ = build.contents(build.sources())
+    assert [*groups] == 'Tutorials Theory Algorithms Experiments Internals Reference Project'.split()
+    told = (ROOT / 'nbs/index.ipynb').read_text()
+    for group in 'Tutorials', 'Experiments':
+        names = [page.split('/')[-1] for page in groups[group] if page.startswith(group.lower())]
+        places = [told.find(f'/{name}.ipynb)') for name in names if f'/{name}.ipynb)' in told]
+        assert len(places) >= 7, f'the front page names too few of {names}'
+        assert group == 'Tutorials' or places == sorted(places), names
+    assert groups['Experiments'][0] == 'results/index'
+    for known in build.TUTORIALS, build.EXPERIMENTS, build.INTERNALS:
+        pages = {Path(page).name for pages in groups.values() for page in pages}
+        assert set(known) <= pages, 'an order names a page that does not exist'
+    listed = {Path(page).name for group in ('Tutorials', 'Internals') for page in groups[group]}
+    listed |= {Path(page).name for page in groups['Experiments'] if page.startswith('experiments/')}
+    assert listed == {*build.TUTORIALS, *build.INTERNALS, *build.EXPERIMENTS}, 'pages without a place'
+
+
+def next_page(site, page):
+    found = re.search(r'<a class="next-page" href="([^"#]+)', (site / page).read_text())
+    if not found: return ''
+    return (site / page).parent.joinpath(found[1]).resolve().relative_to(site.resolve()).as_posix()
+
+
+@pytest.mark.slow
+def test_next_leads_through_all_pages_in_reading_order(site):
+    groups, _ = build.contents(build.sources())
+    wanted = ['index', *(page for pages in groups.values() for page in pages)]
+    chain = ['index.html']
+    while (following := next_page(site, chain[-1])) and following not in chain:
+        chain.append(following)
+    seen = [page.removesuffix('.html') for page in chain]
+    assert [page for page in seen if page in wanted] == wanted
+    rest = {path.relative_to(site).as_posix() for path in site.rglob('*.html')} - set(chain)
+    assert rest <= {'genindex.html', 'py-modindex.html', 'search.html', 'report/index.html'}
+
+
+def hollow_sections(parts):
+    "Headings with nothing below them; `parts` are (kind of cell, source) in their order."
+    pending, fenced = [], False
+    for kind, text in parts:
+        if kind != 'markdown' and text.strip():
+            pending = []
+            continue
+        for line in text.split('\n'):
+            fenced ^= line.startswith('```')
+            found = None if fenced else re.match(r'(#{1,6})\s+\S', line)
+            if found and pending and len(found[1]) <= pending[-1][0]: yield pending[-1][1]
+            if found: pending = [(len(found[1]), line)]
+            elif line.strip(): pending = []
+    yield from (line for _, line in pending)
+
+
+def written_pages():
+    import nbformat
+    for path in build.sources():
+        yield path, [(cell.cell_type, cell.source) for cell in nbformat.read(ROOT / path, 4).cells]
+    for path in [*ROOT.glob('*.md'), *(ROOT / 'results').rglob('*.md')]:
+        yield str(path.relative_to(ROOT)), [('markdown', path.read_text())]
+
+
+def test_no_section_is_hollow():
+    seen = [('markdown', '# A\n\n## B\n\n## C\ntext'), ('code', 'x = 1'), ('markdown', '## D')]
+    assert list(hollow_sections(seen)) == ['## B', '## D']
+    found = {path: hollow for path, parts in written_pages() if (hollow := list(hollow_sections(parts)))}
+    assert not found
+
+
+def test_no_projection_where_the_number_of_models_is_the_papers():
+    "A page speaks of models as if there were more of them only where some are missing."
+    import json
+    for path in sorted((ROOT / 'results').glob('*/table[1-9].json')):
+        page, notebook = json.loads(path.read_text()), path.with_suffix('.ipynb')
+        if not notebook.exists() or page.get('provisional'): continue
+        cells = json.loads(notebook.read_text())['cells']
+        said = json.dumps([output for cell in cells for output in cell.get('outputs', [])])
+        assert 'as if N' not in said and 'were 1000' not in said, path
 
 
 def test_alternative_text_is_the_sentence_before():

@@ -23,7 +23,7 @@ NOT_YET = set()  # stems of notebooks that are not reformatted yet
 PROMISED = {  # what the package offers and nothing inside it calls
     ('bounds', 'empirical_bernstein'), ('bounds', 'betting'), ('bounds', 'clopper_pearson'), ('cli', 'main'),
     ('defences', 'BaggedClassifier'), ('defences', 'PlainKNNClassifier'), ('defences', 'RowCertificate'),
-    ('dp', 'clipped_sum')}
+    ('dp', 'clipped_sum'), ('inputs', 'dataset_arrays')}
 CORE = {'numpy', 'scipy', 'torch', 'sklearn', 'tqdm', 'rab_nb'}
 
 
