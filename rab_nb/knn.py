@@ -40,37 +40,37 @@ class SmoothedKNNClassifier(ClassifierMixin, BaseEstimator):
     """Nearest-neighbour classifier smoothed by Gaussian noise on the training set, exactly (Section 6.3).
 
     n_neighbors up to MOST_NEIGHBORS = 255; of tied classes the one that comes first in `classes_` wins.
-    `max_memory` is the number of bytes for everything but the caller's own arrays (None: 2 GiB, or what 16
-    test points at a time need); `device` 'cpu' (None), 'cuda', 'cuda:1' ... or 'auto'. Results do not depend
-    on n_jobs. ValueError for parameters out of range, too little memory, and where probabilities do not add
-    up to 1."""
+    Results do not depend on n_jobs. ValueError for parameters out of range, too little memory, and where
+    probabilities do not add up to 1."""
     def __init__(
         self, n_neighbors=1, sigma=1., n_levels=None, device=None, n_jobs=None, verbose=0, max_memory=None
     ):
         self.n_neighbors, self.sigma, self.n_levels = n_neighbors, sigma, n_levels
         self.device, self.n_jobs, self.verbose, self.max_memory = device, n_jobs, verbose, max_memory
-    def fit(self, X, y=None):
-        """Keep the training set: X (n, d) or (n, c, h, w) and y (n,) labels, or X a function that returns an
-        iterator of chunks (X, y), and no y. An `np.memmap` and chunks are never held in memory as a whole.
-        ValueError for bad rows and labels, named by their place, for chunks of several shapes or that can be
-        read once only, and, when points are certified, for training sets that have changed."""
+    def fit(self, X, # (n, d) or (n, c, h, w) rows; or a function that gives an iterator of chunks (X, y)
+            y=None): # (n,) labels; None where X is a function
+        """Keep the training set; an `np.memmap` and chunks are never held in memory as a whole. ValueError
+        for bad rows and labels, named by their place, for chunks of several shapes or that can be read once
+        only, and, when points are certified, for training sets that have changed."""
         return prepare(self, X, y)
-    def distances(self, X):
-        "Distances (n_points, n_train) before noise, the same for any sigma, n_levels and n_neighbors."
+    def distances(self, X): # (m, ...) test points
+        "Distances (m, n) before noise, the same for any sigma, n_levels and n_neighbors."
         return all_distances(self, X)
-    def log_proba(self, X, distances=None):
-        "Log probabilities, accurate also below 1e-300, and their relative errors: two arrays (n, C)."
+    def log_proba(self, X, # (m, ...) test points
+                  distances=None): # what `distances` gave for them, (m, n); None: computed
+        "Log probabilities, accurate also below 1e-300, and their relative errors: two arrays (m, C)."
         return class_log_probs_of_all(self, X, distances)
-    def predict_proba(self, X):
-        "Probabilities (n, C) of `classes_`, not normalised: they add up to 1 within their errors."
+    def predict_proba(self, X): # (m, ...) test points
+        "Probabilities (m, C) of `classes_`, not normalised: they add up to 1 within their errors."
         return np.minimum(np.exp(self.log_proba(X)[0]), 1)
-    def predict(self, X):
+    def predict(self, X): # (m, ...) test points
         "The most probable class of every point."
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
-    def certify(self, X, distances=None, label_noise=0.):
-        """Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains.
-        With label_noise, the chance that a training label is replaced, they cover wrong labels too."""
+    def certify(self, X, # (m, ...) test points
+                distances=None, # as in `log_proba`
+                label_noise=0.): # chance that a training label is replaced; > 0 covers wrong labels
+        "Certificates without sampling error (alpha = 0); `labels` are `classes_`, None where it abstains."
         laws = with_label_noise(self, X, distances, label_noise)
         bound = 'exact' if self.n_levels_ is None else 'quantised'
         reach = dict(label_noise=label_noise, n_train=len(self._y))
@@ -84,9 +84,10 @@ SmoothedKNNClassifier.__doc__ += """
     n_neighbors : number of voting neighbours, 1 to 255
     sigma : standard deviation of the noise on every training input, in the units of the inputs
     n_levels : None: exact distances; a number: distances in so many buckets, 200 in the paper
-    device : None or 'cpu', 'cuda', 'cuda:1' ... for the distances and sums
+    device : None or 'cpu', 'cuda', 'cuda:1' ... or 'auto', for the distances and sums
     n_jobs : threads; None: all
-    max_memory : bytes for everything but the caller's own arrays; None: 2 GiB, or what is needed
+    max_memory : bytes for everything but the caller's own arrays; None: 2 GiB, or what 16 test
+        points at a time need
     verbose : progress bar
 
     Attributes

@@ -83,15 +83,11 @@ def entries(members, owner):
         yield from entries(member.members, f'{owner}.{member.name}')
 
 
-# internals whose helpers still share comments
-SHARING = {'knn', 'bins', 'chi', 'votes', 'quantised', 'rows'}
-
-
 def test_every_argument_has_a_comment_of_its_own(modules):
     "None is missing, and none is copied from an argument beside it."
     found = []
     for name, module in modules.items():
-        if name in SHARING or not module.public: continue
+        if not module.public: continue
         for full, member in entries(module.members, name):
             said = [a.comment for a in member.arguments if a.name != '*']
             if not all(said) or len(set(said)) < len(said): found.append((full, said))
