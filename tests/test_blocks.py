@@ -525,7 +525,7 @@ def test_a_table_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
     )
     assert sorted(p.name for p in page.parent.iterdir()) == ['table2.json', 'table2.md']
     text = report.write_list(tmp_path / 'results').read_text()
-    assert '| 2: DNN-RAB on CIFAR-10 | not run |' in text and 'rab-nb run --table N' in text
+    assert '| 2: DNN-RAB on CIFAR-10 | not run |' in text and 'rab-nb run --table 1' in text
 
 
 def test_exact_tables_are_kept_once():

@@ -648,7 +648,8 @@ class Output(dict):
     (lambda z: [z], 'a list of 1 values{}'),
     (lambda z: dict(loss=z, logits=z), r"a dict with the keys \['loss', 'logits'\]{}.*\['logits'\]"),
     (lambda z: Output(logits=z), r"a Output with the keys \['logits'\]{}"),
-    (lambda z: z.detach().numpy(), 'a ndarray{}'), (lambda z: None, 'a NoneType{}')])
+    (lambda z: z.detach().numpy(), 'an object of type ndarray{}'),
+    (lambda z: None, 'None{}')])
 def test_what_a_network_returns_is_named(f, what, mode, where):
     with pytest.raises(ValueError, match='module returns ' + what.format(where)):
         network(Returns(f, mode)).fit(DIGITS[:40], DIGIT[:40])

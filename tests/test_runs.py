@@ -30,6 +30,7 @@ TINY = dict(
 )
 MODULE_DEFAULTS = {
     'mnist_cnn': dict(n_outputs=1, n_channels=1),
+    'coarse_cnn': dict(n_outputs=1, n_channels=1, size=28, width=8),
     'digits_cnn': dict(n_outputs=1, n_channels=1, width=16, size=8),
     'photos_cnn': dict(n_outputs=1, width=16),
     'mlp': dict(n_outputs=1, width=64),
