@@ -183,7 +183,13 @@ class Module:
     def added_doc(self, name):
         "What `name.__doc__ += ...` adds."
         added = [item.value for item in self.tree.body if isinstance(item, ast.AugAssign) and unparse(item.target) == f'{name}.__doc__']
-        return ''.join(map(ast.literal_eval, added))
+        return ''.join(map(self.text, added))
+
+    def text(self, node):
+        "The value of a sum of texts and of the module's own constants."
+        if isinstance(node, ast.BinOp): return self.text(node.left) + self.text(node.right)
+        constants = {unparse(item.targets[0]): item.value for item in self.tree.body if isinstance(item, ast.Assign)}
+        return ast.literal_eval(constants[node.id] if isinstance(node, ast.Name) else node)
 
     def class_member(self, node):
         lineage = self.lineage(node)

@@ -129,7 +129,7 @@ class Blending(Trigger):
         return np.array([self.pattern(shape[1:], i) for i in numbers]).reshape(len(numbers), *shape[1:])
 
 # %% ../nbs/11_attacks.ipynb #d0c50004
-OnePixel.__doc__ += """
+_OF_PIXELS = """
 
     Parameters
     ----------
@@ -137,7 +137,9 @@ OnePixel.__doc__ += """
 
     Attributes
     ----------
-    clips : True, marked inputs stay in the range of the data
+    clips : True, marked inputs stay in the range of the data"""
+
+OnePixel.__doc__ += _OF_PIXELS + """
 
     Examples
     --------
@@ -146,15 +148,7 @@ OnePixel.__doc__ += """
     [0.0, 0.5, 0.0, 0.0]"""
 
 # %% ../nbs/11_attacks.ipynb #d0c50024
-FourPixel.__doc__ += """
-
-    Parameters
-    ----------
-    norm : l2 norm of the pattern, in the units of the features, > 0
-
-    Attributes
-    ----------
-    clips : True, marked inputs stay in the range of the data
+FourPixel.__doc__ += _OF_PIXELS + """
 
     Examples
     --------

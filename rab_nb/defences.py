@@ -511,14 +511,7 @@ class PartitionClassifier(_Partitions):
                               cost=cost, n_voters=len(self.models_), n_train=self.n_train_)
 
 # %% ../nbs/25_defences.ipynb #d0c5000c
-PartitionClassifier.__doc__ += """
-
-    Parameters
-    ----------
-    estimator : a scikit-learn classifier, a torch module, or a function that makes one
-    n_partitions : number of parts and models, at most the number of rows
-    assign_by : 'position' or 'content', what a row's part is a hash of
-    election : 'majority', or 'run-off' for more than two classes
+_OF_PARTS = """
     random_state : seed of the draws and of all models
     n_jobs : worker processes; None: as many as pay, -1: one per core
     epochs : passes over its rows, for torch modules
@@ -530,7 +523,16 @@ PartitionClassifier.__doc__ += """
     ----------
     classes_ : (C,) labels in their order
     n_train_ : number of training rows
-    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame"""
+
+PartitionClassifier.__doc__ += """
+
+    Parameters
+    ----------
+    estimator : a scikit-learn classifier, a torch module, or a function that makes one
+    n_partitions : number of parts and models, at most the number of rows
+    assign_by : 'position' or 'content', what a row's part is a hash of
+    election : 'majority', or 'run-off' for more than two classes""" + _OF_PARTS + """
     models_ : the model of every part
 
     Examples
@@ -607,19 +609,7 @@ BaggedClassifier.__doc__ += """
     ----------
     estimator : a scikit-learn classifier, a torch module, or a function that makes one
     bag_size : rows drawn with replacement for each model
-    n_estimators : number of bags and models, N
-    random_state : seed of the draws and of all models
-    n_jobs : worker processes; None: as many as pay, -1: one per core
-    epochs : passes over its rows, for torch modules
-    batch_size : rows of a step of Adam, for torch modules
-    lr : step size of Adam, for torch modules
-    device : where torch modules are trained: 'auto', 'cpu', 'cuda' ...
-
-    Attributes
-    ----------
-    classes_ : (C,) labels in their order
-    n_train_ : number of training rows
-    n_features_in_, input_shape_ : of one input; feature_names_in_ where fit had a data frame
+    n_estimators : number of bags and models, N""" + _OF_PARTS + """
     models_ : the model of every bag
 
     Examples
