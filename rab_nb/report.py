@@ -909,7 +909,7 @@ def make_table(number: int, # table, 1-9
                compute: bool = True # False: only what is finished
               ) -> Path: # the executed notebook, or the page of a table of which nothing was run
     "Compute a table's runs, then execute its notebook into results/<profile>/."
-    check_extra('tables', 'drawing a table', 'papermill', 'nbformat', 'nbdev', 'ipykernel')
+    check_extra('tables', 'drawing a table', 'papermill', 'nbformat', 'nbdev', 'ipykernel', 'opacus')
     table, profile = spec(number), load_profile(name)
     if home_profile(number, name) != profile['profile']:
         return make_table(number, home_profile(number, name), compute)

@@ -1,4 +1,6 @@
 "The package builds as wheel and sdist and imports where only the core libraries are."
+import configparser
+import re
 import subprocess
 import sys
 import venv
@@ -94,3 +96,14 @@ for path in sorted(folder.glob('[a-z]*.py')):
 '''
     printed = run(python, '-I', '-c', script, cwd=tmp_path)
     assert 'ensemble' in printed and 'workers' in printed
+
+
+def test_tables_have_what_they_call():
+    "The extra of tables holds what drawing one asks for, Opacus for the captions of Tables 4-6 among it."
+    ini = configparser.ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    names = {re.match(r'[\w-]+', name)[0] for name in ini['DEFAULT']['tables_requirements'].split()}
+    [asked] = re.findall(r"check_extra\('tables', '[^']*', (.*)\)", (ROOT / 'rab_nb/report.py').read_text())
+    needed = set(re.findall(r"'([\w-]+)'", asked))
+    private = re.findall(r"check_extra\('dp', \w+, '(\w+)'\)", (ROOT / 'rab_nb/dp.py').read_text())
+    assert private and {*needed, *private} <= names
