@@ -149,9 +149,35 @@ def _product_law(family, # name of a scipy.stats family
     from scipy import stats
     return theory.Product(tuple(getattr(stats, family)(low + v, scale) for v in np.ravel(patterns)))
 
+# %% ../nbs/01_noise.ipynb #01e00002
+class _TotalNorm: # a noise whose radius bounds the norm of all patterns together, its `norm`
+    def radius(self, p_a, # lower bound of the winner's probability, in [0, 1], any shape
+               p_b, # upper bound of every rival's, in [0, 1]
+               log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
+               log_p_b=None # log(p_b), exact where p_b underflows
+              ) -> np.ndarray: # 0 where nothing is certified
+        "Certified total norm: l2 by (24) for Gaussian noise, l1 for Laplace noise."
+        return self._radius(p_a, p_b, log_q_a, log_p_b)
+    def relabelled_radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
+                          p_b, # upper bound of every rival's, in [0, 1]
+                          flip, # probability that a training label was replaced
+                          n_relabelled, # rows whose label is wrong, whole numbers >= 0
+                          n_classes=2, # number of classes, C
+                          log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
+                          log_p_b=None # log(p_b), exact where p_b underflows
+                         ) -> np.ndarray: # total norm, nan where nothing is certified
+        "Certified total norm beside `n_relabelled` wrong labels, see `theory.relabelled_radius`."
+        return self._relabelled(p_a, p_b, flip, n_relabelled, n_classes, log_q_a, log_p_b)
+    def certifies(self, patterns, # poisoned rows x features, or one norm per row
+                  p_a, # lower bound of the winner's probability, in [0, 1]
+                  p_b # upper bound of every rival's, in [0, 1]
+                 ) -> np.ndarray: # booleans of p_a's shape
+        "True where the patterns are inside the radius."
+        return np.linalg.norm(np.ravel(patterns), int(self.norm[1:])) < self.radius(p_a, p_b)
+
 # %% ../nbs/01_noise.ipynb #7bf3e202
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(_TotalNorm):
     "Isotropic Gaussian noise N(0, sigma^2 I), certified in the total l2 norm by Corollary 2."
     sigma: float # standard deviation, in the units of the features, > 0
     norm = 'l2'
@@ -161,34 +187,13 @@ class GaussianNoise:
               ) -> torch.Tensor: # float32
         "Noise of the given shape, float32, on the generator's device."
         return torch.randn(shape, generator=generator, device=generator.device).mul_(self.sigma)
-    def radius(self, p_a, # lower bound of the winner's probability, in [0, 1], any shape
-               p_b, # upper bound of the runner-up's probability, in [0, 1]
-               log_q_a=None, # log(1 - p_a), where p_a rounds to 1
-               log_p_b=None # log(p_b), where p_b underflows
-              ) -> np.ndarray: # 0 where nothing is certified
-        "Certified total l2 norm, (24)."
-        return theory.gaussian_radius(p_a, p_b, self.sigma, log_q_a, log_p_b)
-    def relabelled_radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
-                          p_b, # upper bound of every rival's, in [0, 1]
-                          flip, # probability that a training label was replaced
-                          n_relabelled, # rows whose label is wrong, whole numbers >= 0
-                          n_classes=2, # number of classes, C
-                          log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
-                          log_p_b=None # log(p_b), exact where p_b underflows
-                         ) -> np.ndarray: # total l2 norm, nan where nothing is certified
-        "Certified total l2 norm beside `n_relabelled` wrong labels, see `theory.relabelled_radius`."
-        return theory.relabelled_radius(p_a, self.sigma, flip, n_relabelled, n_classes, p_b, log_q_a, log_p_b)
-    def certifies(self, patterns, # poisoned rows x features, or one norm per row
-                  p_a, # lower bound of the winner's probability, in [0, 1]
-                  p_b # upper bound of the runner-up's probability, in [0, 1]
-                 ) -> np.ndarray: # booleans of p_a's shape
-        "True where the patterns are inside the radius."
-        return np.linalg.norm(np.ravel(patterns)) < self.radius(p_a, p_b)
-
     def law(self, patterns # their entries shift the noise, any shape
            ) -> theory.Product: # one component per entry
         "The law of patterns + noise."
         return _product_law('norm', patterns, 0., self.sigma)
+    def _radius(self, p_a, p_b, *logs): return theory.gaussian_radius(p_a, p_b, self.sigma, *logs)
+    def _relabelled(self, p_a, p_b, flip, n_relabelled, n_classes, *logs):
+        return theory.relabelled_radius(p_a, self.sigma, flip, n_relabelled, n_classes, p_b, *logs)
 
 # %% ../nbs/01_noise.ipynb #d0c50020
 class _UniformDraws: # what `UniformNoise` draws, and its law
@@ -257,8 +262,13 @@ def _box_certifies(noise, patterns, p_a, p_b): # see UniformNoise.certifies
         raise ValueError(f'patterns must be rows x features, not norms; got shape {np.shape(patterns)}')
     return theory.uniform_certifies(patterns, p_a, p_b, noise.a, noise.b)
 
-# %% ../nbs/01_noise.ipynb #d0c50021
-class _LaplaceDraws: # what `LaplaceNoise` draws, and its law
+# %% ../nbs/01_noise.ipynb #80f28a58
+@dataclass(frozen=True)
+class LaplaceNoise(_TotalNorm):
+    "Independent Laplace noise of the given scale, certified in the total l1 norm (beyond the paper)."
+    scale: float # mean absolute value, in the units of the features, > 0
+    norm = 'l1'
+    def __post_init__(self): _set_scale(self, scale=self.scale)
     def sample(self, shape, # of the draw
                generator: torch.Generator # where the numbers come from; its device is the draw's
               ) -> torch.Tensor:
@@ -269,38 +279,9 @@ class _LaplaceDraws: # what `LaplaceNoise` draws, and its law
            ) -> theory.Product:
         "The law of patterns + noise."
         return _product_law('laplace', patterns, 0., self.scale)
-
-# %% ../nbs/01_noise.ipynb #80f28a58
-@dataclass(frozen=True)
-class LaplaceNoise(_LaplaceDraws):
-    "Independent Laplace noise of the given scale, certified in the total l1 norm (beyond the paper)."
-    scale: float # mean absolute value, in the units of the features, > 0
-    norm = 'l1'
-    def __post_init__(self): _set_scale(self, scale=self.scale)
-    def radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
-               p_b, # upper bound of every rival's, in [0, 1]
-               log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
-               log_p_b=None # log(p_b), exact where p_b underflows
-              ) -> np.ndarray:
-        "Certified total l1 norm."
-        return theory.laplace_radius(p_a, p_b, self.scale, log_q_a, log_p_b)
-    def relabelled_radius(self, p_a, # lower bound of the winner's probability, in [0, 1]
-                          p_b, # upper bound of every rival's, in [0, 1]
-                          flip, # probability that a training label was replaced
-                          n_relabelled, # rows whose label is wrong, whole numbers >= 0
-                          n_classes=2, # number of classes, C
-                          log_q_a=None, # log(1 - p_a), exact where p_a rounds to 1
-                          log_p_b=None # log(p_b), exact where p_b underflows
-                         ) -> np.ndarray: # total l1 norm
-        "Certified total l1 norm beside `n_relabelled` wrong labels; nan where nothing is certified."
-        attack = flip, n_relabelled, n_classes
-        return theory.relabelled_laplace_radius(p_a, p_b, self.scale, *attack, log_q_a, log_p_b)
-    def certifies(self, patterns, # (r, ...) patterns, one for each poisoned row
-                  p_a, # lower bound of the winner's probability, in [0, 1]
-                  p_b # upper bound of every rival's, in [0, 1]
-                 ) -> np.ndarray:
-        "True where the patterns (rows x features), or their norms row by row, are inside the radius."
-        return np.abs(patterns).sum() < self.radius(p_a, p_b)
+    def _radius(self, p_a, p_b, *logs): return theory.laplace_radius(p_a, p_b, self.scale, *logs)
+    def _relabelled(self, p_a, p_b, *attack_and_logs):
+        return theory.relabelled_laplace_radius(p_a, p_b, self.scale, *attack_and_logs)
 
 # %% ../nbs/01_noise.ipynb #d0c50002
 GaussianNoise.__doc__ += """
