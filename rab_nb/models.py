@@ -108,10 +108,11 @@ def preact_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number 
                   n_blocks: int = 5, # residual blocks per stage
                   widths: tuple = (16, 32, 64), # channels of each stage; each later one halves the resolution
                   norm: str = 'batch', # 'batch', or 'group' for DP-SGD
-                  stem_stride: int = 1 # 2 halves the resolution at once, at a quarter of the cost
+                  stem_stride: int = 1 # 2 halves the resolution; from 4 on, windows of this size side by side
                  ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs)
     "Pre-activation ResNet (He et al. 2016) for small colour images."
-    layers, n_in = [nn.Conv2d(3, widths[0], 3, stem_stride, 1)], widths[0]
+    window = max(3, stem_stride)
+    layers, n_in = [nn.Conv2d(3, widths[0], window, stem_stride, 1 if window == 3 else 0)], widths[0]
     for i, n_out in enumerate(widths):
         for j in range(n_blocks):
             layers.append(PreActBlock(n_in, n_out, 2 if i and not j else 1, norm))
@@ -121,11 +122,12 @@ def preact_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number 
 
 # %% ../nbs/12_models.ipynb #06016b82
 def small_resnet(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes
-                 stem_stride: int = 2, # 2 for 32 x 32 images, 4 for 64 x 64
-                 norm: str = 'batch' # 'batch', or 'group' for DP-SGD
+                 stem_stride: int = 2, # 2 or 4 for 32 x 32 images, 4 for 64 x 64
+                 norm: str = 'batch', # 'batch', or 'group' for DP-SGD
+                 widths: tuple = (16, 32, 64) # channels of each stage; each later one halves the resolution
                 ) -> nn.Module: # (B, 3, h, w) -> (B, n_outputs)
     "One pre-activation block per stage after a strided stem: the CIFAR network's relative for runs on a CPU."
-    return preact_resnet(n_outputs, n_blocks=1, norm=norm, stem_stride=stem_stride)
+    return preact_resnet(n_outputs, 1, tuple(widths), norm, stem_stride)
 
 # %% ../nbs/12_models.ipynb #57d1ded1
 def strided_cnn(n_outputs: int = 1, # 1 for two classes, otherwise the number of classes

@@ -35,7 +35,7 @@ MODULE_DEFAULTS = {
     'photos_cnn': dict(n_outputs=1, width=16),
     'mlp': dict(n_outputs=1, width=64),
     'preact_resnet': dict(n_outputs=1, n_blocks=5, widths=(16, 32, 64), norm='batch', stem_stride=1),
-    'small_resnet': dict(n_outputs=1, stem_stride=2, norm='batch'),
+    'small_resnet': dict(n_outputs=1, stem_stride=2, norm='batch', widths=(16, 32, 64)),
     'strided_cnn': dict(n_outputs=1, width=32),
     'resnet18': dict(n_outputs=1, weights=None, norm='batch'),
     'efficientnet_lite0': dict(n_outputs=1),
