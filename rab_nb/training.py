@@ -244,8 +244,9 @@ def machine(spec: TrainSpec, # any
 def to_rows(x # (n, ...) array, any numeric type
            ) -> torch.Tensor: # (n, d) float32
     "Inputs as contiguous rows, channels last."
-    x = torch.from_numpy(np.array(x, dtype=np.float32))
-    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(len(x), -1).contiguous()
+    x = np.asarray(x)
+    rows = np.moveaxis(x, 1, -1) if x.ndim == 4 else x
+    return torch.from_numpy(np.array(rows, np.float32, order='C').reshape(len(x), -1)) # one copy
 
 # %% ../nbs/internals/training.ipynb #75993f0a
 def to_inputs(rows: torch.Tensor, # (..., d)
