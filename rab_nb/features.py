@@ -62,7 +62,7 @@ class Averaged(nn.Module):
             small = left @ x @ right.T
         return self.body(((small - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
 
-# %% ../nbs/14_features.ipynb #a44f1e8c
+# %% ../nbs/14_features.ipynb #14fe0016
 def _folded(block): # the same function, batch normalisation and padding inside its convolutions
     pairs = dict(_conv_stem='_bn0', _conv_head='_bn1',
                  _expand_conv='_bn0', _depthwise_conv='_bn1', _project_conv='_bn2')
@@ -77,6 +77,7 @@ def _folded(block): # the same function, batch normalisation and padding inside 
         setattr(block, norm, nn.Identity())
     block._swish.inplace = True
 
+# %% ../nbs/14_features.ipynb #a44f1e8c
 class _Lite0(nn.Module): # pooled features of EfficientNet-Lite0 with the package's ImageNet weights
     def __init__(self):
         super().__init__()
